@@ -318,9 +318,9 @@ def _cut(text: str, limit: int) -> str:
 
 
 def to_status(error: EsperError) -> "Status":
-    """Render an error for the wire: code, public sentence, exactly one `ErrorInfo`, `BadRequest` and `RetryInfo` as fits.
+    """Render an error for the wire.
 
-    The text, metadata and private note of an `InternalError` stay here; long texts are cut to fit trailing metadata.
+    Gives code, public sentence, exactly one `ErrorInfo`, and `BadRequest` and `RetryInfo` as fits. The text, metadata and private note of an `InternalError` stay here; long texts are cut to fit trailing metadata.
     """
     # Late: the pure core of a service imports this module and must not pull protobuf in.
     from google.protobuf.any_pb2 import Any as AnyMessage
@@ -357,7 +357,7 @@ def to_status(error: EsperError) -> "Status":
 
 
 def from_status(status: "Status") -> EsperError:
-    """Read a `google.rpc.Status` back into the class, reason, metadata, violations and retry delay that it was made of."""
+    """Read a `google.rpc.Status` back into the error that it was made of."""
     from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
     kind = error_class(status.code)
@@ -381,8 +381,8 @@ def from_status(status: "Status") -> EsperError:
 def from_rpc_error(error: "grpc.RpcError") -> EsperError:
     """Turn what a stub raised, sync or aio, into the same tree that servers raise.
 
-    An error without our details (connection refused, a deadline that the client itself measured, a foreign server) keeps
-    its code and text and gets the default reason of its class.
+    An error without our details (connection refused, a deadline that the client itself measured, a foreign server)
+    keeps its code and text and gets the default reason of its class.
     """
     from google.rpc.status_pb2 import Status
     from grpc import Call
