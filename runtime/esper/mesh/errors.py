@@ -320,7 +320,8 @@ def _cut(text: str, limit: int) -> str:
 def to_status(error: EsperError) -> "Status":
     """Render an error for the wire.
 
-    Gives code, public sentence, exactly one `ErrorInfo`, and `BadRequest` and `RetryInfo` as fits. The text, metadata and private note of an `InternalError` stay here; long texts are cut to fit trailing metadata.
+    Gives code, public sentence, exactly one `ErrorInfo`, and `BadRequest` and `RetryInfo` as fits. The text, metadata
+    and private note of an `InternalError` stay here; long texts are cut to fit trailing metadata.
     """
     # Late: the pure core of a service imports this module and must not pull protobuf in.
     from google.protobuf.any_pb2 import Any as AnyMessage
