@@ -40,6 +40,7 @@ __all__ = ["LoggingSettings", "configure", "dropped", "flush", "get_logger", "sh
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _MAX_DEPTH = 12
 _MAX_ITEMS = 1000
+_PLAIN = frozenset({str, int, float, bool})
 _FIRST = ("timestamp", "level", "event", "logger")
 
 
@@ -56,10 +57,12 @@ class _State:
 _state = _State()
 
 
-def _freeze(value: Any, depth: int = 0) -> Any:
+def _freeze(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911  # one return per kind of value
     """Snapshot a value on the caller's thread: whatever the caller does to it later must not show in the record."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value.value if isinstance(value, Enum) else value
+    if value is None or type(value) in _PLAIN:
+        return value
+    if isinstance(value, Enum):
+        return _freeze(value.value, depth + 1)
     if isinstance(value, datetime | date | UUID | PurePath):
         return str(value)
     if depth < _MAX_DEPTH:
@@ -75,14 +78,14 @@ def _freeze(value: Any, depth: int = 0) -> Any:
         return f"<{type(value).__name__} without repr: {type(error).__name__}>"
 
 
-def _capture(_logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
+def _capture(name: str, method: str, event: MutableMapping[str, Any]) -> Any:
     """The only processor: everything that can wait (scrubbing, rendering, writing) is left to the writer's thread."""
     level = "error" if method == "exception" else "warning" if method == "warn" else method
     if _LEVELS.get(level, 20) < _state.threshold:
         raise structlog.DropEvent
-    event = merge_contextvars(_logger, method, event)
+    event = merge_contextvars(name, method, event)
     exc_info = event.pop("exc_info", method == "exception" or None)
-    record: Record = {"timestamp": datetime.now(UTC), "level": level, **log_fields()}
+    record: Record = {"timestamp": datetime.now(UTC), "level": level, "logger": name, **log_fields()}
     for key, value in event.items():
         record[key] = _freeze(value)
     if exc_info:
@@ -154,12 +157,11 @@ def get_logger(name: str, **fields: Any) -> structlog.stdlib.BoundLogger:
     Leaves structlog's own global configuration alone: the host program may use structlog for itself.
     """
     logger = structlog.wrap_logger(
-        object(),
+        name,  # structlog hands the wrapped object to every processor: the name is all that ours needs
         processors=[_capture],
         wrapper_class=_Filtering,
         context_class=dict,
         cache_logger_on_first_use=True,
-        logger=name,
         **fields,
     )
     # The annotation gives callers structlog's familiar methods; the six that exist are those of `_Filtering`.

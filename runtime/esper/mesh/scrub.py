@@ -13,17 +13,17 @@ __all__ = ["MASK", "is_secret_name", "scrub", "scrub_text"]
 
 MASK = "[redacted]"
 
-_SECRET_WORDS = (
+_SENSITIVE = (
     r"pass(?:word|wd|phrase|code)?|pwd|secrets?|credentials?|authorization|cookie|set_cookie|session_?id|api_?key|apikey"
     r"|(?:access|secret|private|signing|encryption|account|shared_access|subscription|master|service|client)_?key"
     r"|(?:access|auth|refresh|id|session|bearer|security|identity|csrf|xsrf|api|bot|oauth|personal)_?token|token|jwt"
     r"|client_?secret|connection_?string|conn_?str|dsn|otp|mnemonic|signature_?secret|webhook_?secret|auth"
 )
-_NAME = re.compile(rf"(?:^|.*[_.\- ])(?:{_SECRET_WORDS})", re.IGNORECASE)
+_NAME = re.compile(rf"(?:^|.*[_.\- ])(?:{_SENSITIVE})", re.IGNORECASE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 # In running text a name counts as a secret's name also behind a prefix: DB_PASSWORD, x-api-key, awsSecretAccessKey.
-_TEXT_NAME = (
+_IN_TEXT = (
     r"[\w.\-]{0,40}?(?:pass(?:word|wd|phrase)|pwd|secret|token|api[_\-]?key|apikey|credentials?"
     r"|(?:access|secret|private|signing|encryption|account|shared[_\-]?access|subscription|master)[_\-]?key)"
 )
@@ -89,14 +89,14 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     # quote, bare ones to the next blank or separator.
     (
         re.compile(
-            rf"(?<![\w.\-])(-{{0,2}}{_TEXT_NAME})(\\?[\"']?\s*(?:=>|:=|[:=])\s*)"
+            rf"(?<![\w.\-])(-{{0,2}}{_IN_TEXT})(\\?[\"']?\s*(?:=>|:=|[:=])\s*)"
             r"(?:[bru]?\\?\"(?:[^\"\\]|\\[^\"])*\\?\"|[bru]?'(?:[^'\\]|\\.)*'|(?!\[redacted)[^\s,;&\"'}\])]+)",
             re.IGNORECASE,
         ),
         rf"\1\2{MASK}",
     ),
     # --password hunter2
-    (re.compile(rf"(?<!\S)(--?{_TEXT_NAME})(\s+)(?!-)[^\s\"']+", re.IGNORECASE), rf"\1\2{MASK}"),
+    (re.compile(rf"(?<!\S)(--?{_IN_TEXT})(\s+)(?!-)[^\s\"']+", re.IGNORECASE), rf"\1\2{MASK}"),
 )
 
 # Most records hold nothing of the kind: one scan for a fragment that every shape above contains decides.
