@@ -1,6 +1,6 @@
 """protoc plugin for `*_pb2_grpc.py`: grpcio-tools carries the generator inside its own protoc, buf wants a plugin.
 
-Reads a CodeGeneratorRequest from standard input, runs grpcio-tools' protoc over its descriptors, answers with the files.
+Reads a CodeGeneratorRequest from standard input, runs grpcio-tools' protoc over its descriptors, answers with files.
 """
 
 from __future__ import annotations

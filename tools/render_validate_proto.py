@@ -25,9 +25,8 @@ _TYPES = {v: k.removeprefix("TYPE_").lower() for k, v in _FIELD.Type.items()}
 def _field(field: descriptor_pb2.FieldDescriptorProto, pad: str, *, proto2: bool) -> str:
     kind = field.type_name or _TYPES[field.type]
     label = {1: "optional ", 2: "required ", 3: "repeated "}[field.label]
-    if field.HasField("oneof_index") and not field.proto3_optional:
-        label = ""
-    elif not proto2 and label == "optional " and not field.proto3_optional:
+    implicit = field.HasField("oneof_index") or (not proto2 and label == "optional ")
+    if implicit and not field.proto3_optional:
         label = ""
     default = f" [default = {field.default_value}]" if field.HasField("default_value") else ""
     return f"{pad}{label}{kind} {field.name} = {field.number}{default};\n"
