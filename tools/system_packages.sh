@@ -10,7 +10,7 @@ python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 command -v chromium >/dev/null || missing+=(chromium)
 [[ ${#missing[@]} -eq 0 ]] && exit 0
-if [[ "${ESPER_SKIP_SYSTEM_PACKAGES:-}" == 1 ]] || ! command -v apt-get >/dev/null; then
+if [[ "${SKIP_SYSTEM_PACKAGES:-}" == 1 ]] || ! command -v apt-get >/dev/null; then
   echo "system packages not installed: ${missing[*]}" >&2
   exit 0
 fi

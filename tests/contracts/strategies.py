@@ -11,7 +11,7 @@ _MAX_DEPTH = 3
 
 
 def _float32(value: float) -> float:
-    """The value as a binary32 holds it, and 0.0 for -0.0, which the dataclass client takes for the default and omits."""
+    """The value as a binary32 holds it, and 0.0 for -0.0, which the dataclass client omits as a default."""
     return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
 
 

@@ -3,15 +3,15 @@
 import importlib
 import pkgutil
 
-import esper_dataclasses.esper.v1 as dataclass_client
 import protovalidate
 import pytest
+from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from buf.validate import validate_pb2
+import esper_dataclasses.esper.v1 as dataclass_client
 from esper import v1
 from tests.contracts.strategies import messages
 
