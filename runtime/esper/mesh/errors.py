@@ -330,7 +330,10 @@ def to_status(error: EsperError) -> "Status":
 
     internal = error.code in {Code.INTERNAL, Code.UNKNOWN}
     public = INTERNAL_PUBLIC if internal else _cut(error.public, _MAX_PUBLIC)
-    metadata = {} if internal else dict(list(error.metadata.items())[:_MAX_METADATA])
+    metadata = dict(list(error.metadata.items())[:_MAX_METADATA])
+    if internal:
+        # The one value that helps the caller's operator: the log holds the traceback under it.
+        metadata = {key: value for key, value in metadata.items() if key == "request_id"}
     info = ErrorInfo(reason=error.reason, domain=DOMAIN)
     info.metadata.update({key: _cut(str(value), _MAX_METADATA_VALUE) for key, value in metadata.items()})
     status = Status(code=int(Code.INTERNAL if internal else error.code), message=public)
@@ -396,4 +399,8 @@ def from_rpc_error(error: "grpc.RpcError") -> EsperError:
             raw = value if isinstance(value, bytes) else value.encode("latin-1")
             return from_status(Status.FromString(raw))
     kind = error_class(error.code().value[0])
-    return kind(error.details() or f"the call failed with {error.code().name} and no text")
+    details = error.details() or f"the call failed with {error.code().name} and no text"
+    if kind is LimitExceeded and "message larger than max" in details:
+        # Beyond the hard limit gRPC itself answers, before our hooks see the call.
+        return kind(details, reason="MESSAGE_TOO_LARGE")
+    return kind(details)
