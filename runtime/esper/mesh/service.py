@@ -21,6 +21,7 @@ from pathlib import Path
 
 import grpc.aio
 
+from esper.mesh.errors import InternalError
 from esper.mesh.identity import Role
 
 __all__ = ["ANYONE_KNOWN", "Service", "ServiceContext", "allow", "is_long_stream", "utc_now"]
@@ -45,6 +46,10 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def _no_address(name: str) -> str:
+    raise InternalError(f"the address of {name} is not known in this context", reason="ADDRESS_UNKNOWN")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServiceContext:
     """What `build()` receives besides its configuration: run-time objects only."""
@@ -57,6 +62,10 @@ class ServiceContext:
 
     channel: Callable[[str], grpc.aio.Channel]
     """Service name -> shared channel that carries this service's own identity. The mesh closes it."""
+
+    address: Callable[[str], str] = _no_address
+    """Service name -> `host:port` where other processes (a training process, say) reach it; known once the server
+    listens, so ask in `start` or later."""
 
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once, when the server drains: every long stream and background loop then ends by itself."""

@@ -41,6 +41,7 @@ def service_context(
     data_dir: Path,
     *,
     channel: Callable[[str], grpc.aio.Channel] | None = None,
+    address: Callable[[str], str] | None = None,
     drain: asyncio.Event | None = None,
     clock: Callable[[], datetime] = utc_now,
 ) -> ServiceContext:
@@ -49,11 +50,15 @@ def service_context(
     def refuse(other: str) -> grpc.aio.Channel:
         raise AssertionError(f"{name} opened a channel to {other}, but its test gave it none")
 
+    def no_address(other: str) -> str:
+        raise AssertionError(f"{name} asked for the address of {other}, but its test gave it none")
+
     data_dir.mkdir(parents=True, exist_ok=True)
     return ServiceContext(
         name=name,
         data_dir=data_dir,
         channel=refuse if channel is None else channel,
+        address=no_address if address is None else address,
         drain=asyncio.Event() if drain is None else drain,
         clock=clock,
     )
