@@ -1,0 +1,190 @@
+"""`esper runs`: training runs, past and present."""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from esper.cli.connection import Mesh, connect
+from esper.cli.live import FINAL_STATES, Board, arm_name, state_name
+from esper.cli.state import ExitCode, State, command, state_of
+from esper.mesh.errors import InvalidInput
+from esper.v1 import tolaria_service_pb2
+from esper.v1.run_pb2 import Run, RunState
+from esper.v1.seed_pb2 import SeedStage
+
+__all__ = ["app", "exit_code", "follow"]
+
+app = typer.Typer(no_args_is_help=True, help="Training runs.")
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for scripts.")]
+RunArgument = Annotated[str, typer.Argument(help="Id of the run, as 'esper runs list' shows it.")]
+
+
+@app.command("list", epilog="Example: esper runs list --state running --json")
+@command
+def list_runs(
+    context: typer.Context,
+    only: Annotated[str, typer.Option("--state", help="Only runs of this state, like running or succeeded.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Entries at most.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, newest first."""
+    state = state_of(context).with_json(as_json)
+    request = tolaria_service_pb2.ListRunsRequest(page_size=min(limit, 500))
+    if only:
+        request.states.append(_state(only))
+    found: list[Run] = []
+    with connect(state, start=True) as mesh:
+        while len(found) < limit:
+            page = mesh.tolaria.ListRuns(request, timeout=mesh.timeout)
+            found.extend(page.runs)
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+    found = found[:limit]
+    if state.json:
+        state.emit(found)
+        return
+    rows = [
+        (
+            run.id,
+            arm_name(run),
+            state_name(run),
+            f"{run.progress.epoch:.0f}/{run.progress.epochs:.0f}",
+            f"{100 * run.result.test_accuracy:.2f} %" if run.result.HasField("test_accuracy") else "-",
+            run.result.final_parameters or run.progress.parameters or "-",
+            run.create_time.ToDatetime().isoformat(sep=" ", timespec="seconds"),
+        )
+        for run in found
+    ]
+    columns = ("RUN", "ARM", "STATE", "EPOCH", "TEST", "PARAMETERS", "CREATED (UTC)")
+    state.table(columns, rows, empty="no runs: start one with 'esper train digits'")
+
+
+def _state(name: str) -> RunState:
+    try:
+        return RunState.Value(f"RUN_STATE_{name.upper()}")
+    except ValueError as error:
+        known = ", ".join(n.removeprefix("RUN_STATE_").lower() for n in RunState.keys()[1:])  # an enum wrapper
+        raise InvalidInput(f"--state: expected one of {known}, found {name!r}") from error
+
+
+@app.command("show", epilog="Example: esper runs show digits-20261123-201500-k3f9")
+@command
+def show(context: typer.Context, run_id: RunArgument, as_json: JsonOption = False) -> None:
+    """Show one run: progress, seeds, figures, files."""
+    state = state_of(context).with_json(as_json)
+    with connect(state, start=True) as mesh:
+        run = mesh.tolaria.GetRun(tolaria_service_pb2.GetRunRequest(run_id=run_id), timeout=mesh.timeout).run
+        request = tolaria_service_pb2.ListArtifactsRequest(run_id=run_id)
+        artifacts = mesh.tolaria.ListArtifacts(request, timeout=mesh.timeout).artifacts
+    if state.json:
+        state.emit(run)
+        return
+    _print(state, run)
+    if artifacts:
+        state.console.print("[bold]files[/]")
+        for artifact in artifacts:
+            state.console.print(f"  {artifact.name}  {artifact.size_bytes} bytes", markup=False)
+
+
+def _print(state: State, run: Run) -> None:
+    out, progress = state.console, run.progress
+    out.print(f"[bold]{escape(run.id)}[/]  {arm_name(run)}  {state_name(run)}")
+    if run.error:
+        out.print(f"  error       {run.error}", markup=False)
+    out.print(f"  recipe      {run.spec.recipe}, seed {run.spec.seed}", markup=False)
+    out.print(f"  progress    {progress.phase}, epoch {progress.epoch:.1f}/{progress.epochs:.0f}", markup=False)
+    if progress.last_decision:
+        out.print(f"  decision    {progress.last_decision}", markup=False)
+    for seed in progress.seeds:
+        stage = SeedStage.Name(seed.stage).removeprefix("SEED_STAGE_").lower()
+        out.print(f"  seed {seed.index:<6} {seed.site}  {seed.blueprint_name}  {stage}", markup=False)
+    if run.HasField("result"):
+        result = run.result
+        if result.HasField("test_accuracy"):
+            out.print(f"  test        {100 * result.test_accuracy:.2f} % (loss {result.test_loss:.4f})")
+        else:
+            out.print(f"  test        loss {result.test_loss:.4f}")
+        out.print(f"  parameters  {result.host_parameters} host, {result.final_parameters} at the end")
+        out.print(f"  training    {result.training_flops:.3g} FLOPs, {result.training_time.ToTimedelta()}")
+        for kernel in result.kernel_ids:
+            out.print(f"  kernel      {kernel}")
+        out.print(f"  weights     {result.weights_digest}")
+
+
+def follow(mesh: Mesh, run_id: str, board: Board) -> Run:
+    """Follow one run until it says nothing more; a stream that breaks is opened again for as long as the mesh is there.
+
+    Raises:
+        grpc.RpcError: the mesh is gone, or the run does not exist.
+    """
+    request = tolaria_service_pb2.WatchRunRequest(run_id=run_id)
+    while True:
+        for response in mesh.tolaria.WatchRun(request):
+            board.update(response.run)
+            if response.run.state in FINAL_STATES:
+                return response.run
+        run = mesh.tolaria.GetRun(tolaria_service_pb2.GetRunRequest(run_id=run_id), timeout=mesh.timeout).run
+        if run.state in FINAL_STATES:
+            return run
+
+
+@app.command("watch", epilog="Example: esper runs watch digits-20261123-201500-k3f9")
+@command
+def watch(context: typer.Context, run_id: RunArgument) -> None:
+    """Follow a run until it ends; Ctrl-C stops the watching, not the run."""
+    state = state_of(context)
+    with connect(state) as mesh:
+        with Board(state.console) as board:
+            run = follow(mesh, run_id, board)
+        _print(state, run)
+    raise typer.Exit(exit_code(run))
+
+
+def exit_code(run: Run) -> int:
+    """0 for a run that succeeded or was paused, 1 for any other end."""
+    good = {RunState.RUN_STATE_SUCCEEDED, RunState.RUN_STATE_PAUSED}
+    return ExitCode.OK if run.state in good else ExitCode.FAILED
+
+
+@app.command("pause", epilog="Example: esper runs pause digits-20261123-201500-k3f9")
+@command
+def pause(context: typer.Context, run_id: RunArgument) -> None:
+    """Ask a run to checkpoint and pause."""
+    state = state_of(context)
+    with connect(state) as mesh:
+        mesh.tolaria.PauseRun(tolaria_service_pb2.PauseRunRequest(run_id=run_id), timeout=mesh.timeout)
+    state.console.print(f"{escape(run_id)} will pause at its next step; go on with: esper runs resume {escape(run_id)}")
+
+
+@app.command("resume", epilog="Example: esper runs resume digits-20261123-201500-k3f9 --boundary 12")
+@command
+def resume(
+    context: typer.Context,
+    run_id: RunArgument,
+    boundary: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoint to go on from; the last one by default.")
+    ] = None,
+) -> None:
+    """Go on with a paused, failed or interrupted run, and follow it."""
+    state = state_of(context)
+    request = tolaria_service_pb2.ResumeRunRequest(run_id=run_id)
+    if boundary is not None:
+        request.boundary = boundary
+    with connect(state, start=True) as mesh:
+        mesh.tolaria.ResumeRun(request, timeout=mesh.timeout)
+        with Board(state.console) as board:
+            run = follow(mesh, run_id, board)
+        _print(state, run)
+    raise typer.Exit(exit_code(run))
+
+
+@app.command("stop", epilog="Example: esper runs stop digits-20261123-201500-k3f9")
+@command
+def stop(context: typer.Context, run_id: RunArgument) -> None:
+    """End a run for good; its checkpoints stay."""
+    state = state_of(context)
+    with connect(state, start=True) as mesh:
+        run = mesh.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=run_id), timeout=mesh.timeout).run
+    state.console.print(f"{escape(run.id)} {state_name(run)}")

@@ -1,0 +1,52 @@
+"""Fixtures of the whole suite."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    lacking = {
+        "compiler": None if shutil.which("g++") else "needs a C++ compiler (Debian package g++)",
+        "browser": None if shutil.which("chromium") else "needs Chromium (Debian package chromium)",
+        "gpu": None if _has_gpu() else "needs a CUDA device",
+    }
+    for item in items:
+        for marker, reason in lacking.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
+    # Asking the driver's own file keeps torch out of the runs that need none.
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting of the developer's shell reaches a test."""
+    for name in [name for name in os.environ if name.startswith("ESPER_")]:
+        monkeypatch.delenv(name)
+    yield
+
+
+@pytest.fixture
+def run_python() -> Callable[[str], str]:
+    """Run code in a fresh interpreter; gives its standard output, fails the test when it fails."""
+
+    def run(code: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
