@@ -1,7 +1,7 @@
 """What a blueprint is: a small graph of known operations, as plain data without torch.
 
-A blueprint describes ``delta(x)``, the module that a seed adds to its host. Sizes are expressions over the widths ``in``
-and ``out`` of the site, so one blueprint serves every width::
+A blueprint describes ``delta(x)``, the module that a seed adds to its host. Sizes are expressions over the widths
+``in`` and ``out`` of the site, so one blueprint serves every width::
 
     low_rank = Blueprint(
         name="low_rank",
@@ -142,8 +142,8 @@ class Blueprint:
         """Read a blueprint; key order and spaces are free, unknown keys are refused.
 
         Raises:
-            InvalidInput: BLUEPRINT_MALFORMED when the text is no JSON, too long or of another form, BLUEPRINT_INVALID when
-            a node is wrong; the message names the place.
+            InvalidInput: BLUEPRINT_MALFORMED when the text is no JSON, too long or of another form,
+                BLUEPRINT_INVALID when a node is wrong; the message names the place.
         """
         if len(text) > MAX_JSON_BYTES:
             raise _malformed(f"blueprint: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(text)}")

@@ -1,7 +1,7 @@
 """A planned blueprint as a plain ``torch.nn.Module``: the eager reference that every compiled kernel is judged against.
 
 The module is a pure function of its input and its parameters: no buffers, no dropout, no difference between train and
-eval. Shapes: vector (N, C), sequence (N, T, C), image (N, C, H, W), with C = ``in_features`` and then ``out_features``::
+eval. Shapes: vector (N, C), sequence (N, T, C), image (N, C, H, W), C being ``in_features`` and then ``out_features``::
 
     module = BlueprintModule(blueprint.check(signature), seed=0)
     delta = module(x)

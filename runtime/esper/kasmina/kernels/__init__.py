@@ -1,4 +1,4 @@
-"""Kernels: content-addressed bundles, built from blueprints, validated by the gauntlet, verified before they are loaded.
+"""Kernels: content-addressed bundles, built from blueprints, validated by the gauntlet, verified before loading.
 
 Names are loaded on first use, because half of them need torch and the other half (bundles, targets, verdicts) serve
 processes that have none. ``build`` is imported from its own module: ``from esper.kasmina.kernels.build import build``.

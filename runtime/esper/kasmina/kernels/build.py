@@ -91,7 +91,8 @@ def build(
         The bytes of the bundle.
 
     Raises:
-        InvalidInput: the blueprint does not fit the signature, or the target is another machine (nothing is cross-compiled).
+        InvalidInput: the blueprint does not fit the signature, or the target is another machine: nothing is
+            cross-compiled.
         Conflict: this machine lacks a tool; reason TOOL_MISSING.
         InternalError: the compiler failed, with its own words.
     """

@@ -213,7 +213,7 @@ def _members(bundle: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
-        # Stored members cannot swell when they are read, and a name twice would be read differently by different readers.
+        # Stored members cannot swell when read, and a name given twice would be read differently by different readers.
         if len(set(names)) != len(names) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("expected stored members with distinct names")
         return {name: archive.read(name) for name in names}

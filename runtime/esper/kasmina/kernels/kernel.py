@@ -118,7 +118,7 @@ class KernelModule(nn.Module):
         if x.dim() != self._rank or x.shape[self._feature_dim] != signature.in_features or not x.is_floating_point():
             found = f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
             raise InvalidInput(f"kernel {self.kernel.id[:19]}: expected an input for {signature}, found {found}")
-        held = [self._modules[group]._parameters[leaf] for group, leaf in self._slots]  # type: ignore[union-attr]  # registered in __init__
+        held = [getattr(self._modules[group], leaf) for group, leaf in self._slots]
         compiled = self.kernel.compiled
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
