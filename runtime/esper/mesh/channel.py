@@ -182,13 +182,26 @@ class _CallDefaults:
         """The deadline: what the call asks for, or the default; never beyond that of the RPC being served.
 
         A long stream without a deadline of its own gets none: it may outlive the RPC that opened it.
+
+        Raises:
+            grpc.aio.AioRpcError: DEADLINE_EXCEEDED, when no time is left.
         """
         if given is None:
             if is_long_stream(method):
                 return None
             given = self._timeout_s
         remaining = ambient.time_remaining()
-        return given if remaining is None else max(0.0, min(given, remaining))
+        if remaining is None:
+            return given
+        if remaining <= 0:
+            # gRPC would still send it, and might even be answered in time.
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.aio.Metadata(),
+                grpc.aio.Metadata(),
+                details=f"no time left to call {method}: the deadline of the call being served has passed",
+            )
+        return min(given, remaining)
 
     def metadata(self, given: Any) -> tuple[tuple[str, str | bytes], ...]:
         """The call's own metadata, then identity and request id unless it has them already."""

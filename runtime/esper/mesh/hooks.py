@@ -20,6 +20,7 @@ from esper.mesh.errors import (
     LimitExceeded,
     Unauthenticated,
     Unavailable,
+    from_rpc_error,
 )
 from esper.mesh.identity import ANONYMOUS, Identity, Role, TokenIssuer
 from esper.mesh.interceptor import Hook, RpcCall, is_cancellation
@@ -56,9 +57,7 @@ class ErrorsHook(Hook):
         if error is None or is_cancellation(error) or isinstance(error, grpc.aio.AbortError):
             return error
         if isinstance(error, grpc.RpcError):
-            # A service called another and did not handle its refusal: a defect here, whatever the other one meant.
-            _log.error("call to another service failed", exc_info=error)
-            return self._internal(call)
+            return self._downstream(call, error)
         if isinstance(error, EsperError):
             if isinstance(error, InternalError):
                 _log.error("call failed", exc_info=error)
@@ -75,6 +74,17 @@ class ErrorsHook(Hook):
         _log.error("call failed", exc_info=error)
         if not isinstance(error, Exception):
             return error  # KeyboardInterrupt and the like end the process, not the call
+        return self._internal(call)
+
+    def _downstream(self, call: RpcCall, error: grpc.RpcError) -> EsperError:
+        """What the failure of a call to another service means for ours, when the handler did not answer it itself."""
+        failure = from_rpc_error(error)
+        _log.error("call to another service failed", code=failure.code.name, exc_info=error)
+        if isinstance(failure, DeadlineMissed):
+            return DeadlineMissed("the deadline passed before the work was done")
+        if isinstance(failure, Unavailable):
+            return Unavailable("a service that this one needs is not available", reason="DEPENDENCY_UNAVAILABLE")
+        # A refusal that nobody handled is a defect here, whatever the other service meant by it.
         return self._internal(call)
 
     @staticmethod

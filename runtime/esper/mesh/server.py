@@ -133,7 +133,7 @@ class MeshServer:
             if self._settings.reflection:
                 self._add_reflection(server, names)
             self._limits.hold(names)
-            await self._report(names, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._report(["", *names], health_pb2.HealthCheckResponse.NOT_SERVING)
             self.port = self._bind(server)
             if self._settings.metrics_port is not None:
                 self._page = MetricsPage(self.registry, self._settings.host, self._settings.metrics_port)
