@@ -247,7 +247,7 @@ def test_channel_options_render_their_values() -> None:
 
 
 async def test_failures_of_other_services_are_told_apart(relay, capsys) -> None:
-    """Unhandled: a refusal is our defect, an absent service is UNAVAILABLE, a used-up deadline is the deadline's error."""
+    """Unhandled: a refusal is our defect, an absent service is UNAVAILABLE, a used-up deadline is itself."""
     service, _, channel = relay
     service.channel = open_channel("127.0.0.1:1", token=lambda: "x")
     with pytest.raises(grpc.RpcError) as absent:

@@ -8,12 +8,15 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from prometheus_client import CollectorRegistry
 
+from esper.mesh import context
 from esper.mesh.channel import open_channel
-from esper.mesh.errors import InvalidInput, from_rpc_error
+from esper.mesh.errors import DeadlineMissed, InternalError, InvalidInput, NotFound, from_rpc_error
+from esper.mesh.hooks import ContextHook, ErrorsHook, ValidationHook
+from esper.mesh.interceptor import RpcCall
 from esper.mesh.server import MeshServer
 from esper.mesh.service import ANYONE_KNOWN, Service, allow
 from esper.mesh.testing import TEST_SETTINGS, issuer, serve, service_context, settings_with
-from esper.v1 import urza_service_pb2, urza_service_pb2_grpc
+from esper.v1 import event_pb2, oona_service_pb2, urza_service_pb2, urza_service_pb2_grpc
 
 
 class Library(urza_service_pb2_grpc.UrzaServiceServicer, Service):
@@ -165,3 +168,47 @@ def test_a_test_that_calls_a_service_it_was_not_given_is_told(tmp_path) -> None:
     assert context.clock().tzinfo is not None
     with pytest.raises(AssertionError, match="urza opened a channel to oona"):
         context.channel("oona")
+
+
+def ended(error: BaseException, *, method: str = "/a.B/C") -> BaseException | None:
+    """What the errors hook makes of an error."""
+    call = RpcCall(method, "unary_unary", known=True, context=None, metadata={}, request_id="r-1")
+    return ErrorsHook().end(call, error)
+
+
+def test_the_errors_hook_maps_what_handlers_raise(capsys) -> None:
+    """Cancellation passes, private texts stay behind, a timeout is the deadline's only when the deadline has passed."""
+    cancelled, refused = asyncio.CancelledError(), NotFound("gone", private="row 7")
+    assert cancelled is ended(cancelled)
+    assert refused is ended(refused)
+    defect = ended(InternalError("disk 3 lies", reason="STORE_BROKEN"))
+    assert ("internal error", "STORE_BROKEN", {"request_id": "r-1"}) == (defect.public, defect.reason, defect.metadata)
+    assert isinstance(ended(TimeoutError("a lock")), InternalError)
+    with context.scope(timeout_s=0):
+        assert isinstance(ended(TimeoutError()), DeadlineMissed)
+    assert isinstance(ended(KeyboardInterrupt()), KeyboardInterrupt)
+    assert "disk 3 lies" in capsys.readouterr().err
+
+
+def test_an_absurdly_distant_deadline_is_none() -> None:
+    """Some proxies send "infinite" as a number; it does not count as a deadline."""
+
+    class Servicer:
+        def time_remaining(self) -> float:
+            return 1e12
+
+    call = RpcCall("/a.B/C", "unary_unary", known=True, context=Servicer(), metadata={})
+    ContextHook().start(call)
+    assert call.notes["remaining_s"] is None
+    assert context.time_remaining() is None
+
+
+def test_violations_spell_paths_as_people_do() -> None:
+    """Lists by index, maps by key, nesting by dots; what is no message of ours is not looked at."""
+    call = RpcCall("/esper.v1.OonaService/Publish", "stream_stream", known=True, context=None, metadata={})
+    events = [event_pb2.Event(id="a"), event_pb2.Event(id="b", attributes={"run": "v" * 300})]
+    with pytest.raises(InvalidInput) as caught:
+        ValidationHook().received(call, oona_service_pb2.PublishRequest(topic="", events=events))
+    assert {"topic", 'events[1].attributes["run"]'} == {violation.field for violation in caught.value.violations}
+    assert "(and 1 more)" in caught.value.public
+    ValidationHook().received(call, b"raw bytes")

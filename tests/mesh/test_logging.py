@@ -66,7 +66,7 @@ def test_secrets_are_scrubbed_from_events_fields_and_tracebacks() -> None:
     """Wherever a credential hides in a record, it is not written."""
     out = start()
     try:
-        raise ValueError("cannot reach postgresql://esper:hunter2@db/urza")
+        raise ValueError("cannot reach postgresql://esper:hunter2@db/urza")  # noqa: TRY301  # the traceback is the point
     except ValueError:
         log.exception("failed with password=hunter2", token="hunter2", nested={"a": [{"apiKey": "hunter2"}]})
     stdlib.getLogger("sqlalchemy").warning("connecting with %s", "password=hunter2")
@@ -83,7 +83,7 @@ def test_exceptions_of_ours_bring_their_private_text_to_the_log() -> None:
     out = start()
     log.error("refused", exc_info=NotFound("no kernel", private="row 7 is gone"))
     log.error("plain", exc_info=(ValueError, ValueError("v"), None))
-    log.error("nothing to tell", exc_info=True)
+    log.error("nothing to tell", exc_info=True)  # noqa: LOG014  # on purpose
     first, second, third = records(out)
     assert "row 7 is gone" in first["exception"]
     assert "ValueError: v" in second["exception"]

@@ -43,10 +43,10 @@ class OonaLike(Section):
     max_bytes: int = 1024
     """Bytes in one batch."""
 
-    tags: list[str] = []
+    tags: list[str] = []  # noqa: RUF012  # pydantic copies defaults
     """A list."""
 
-    labels: dict[str, int] = {}
+    labels: dict[str, int] = {}  # noqa: RUF012  # pydantic copies defaults
     """A table."""
 
     deep: Deep = Deep()
@@ -232,7 +232,7 @@ def test_the_file_is_found_by_variable_or_in_the_directory(tmp_path: Path, write
     file = write("")
     assert file == locate({}, tmp_path)
     assert file == locate({"ESPER_CONFIG": str(file)}, Path("/"))
-    with pytest.raises(ConfigError, match="ESPER_CONFIG names /nowhere.toml, expected an existing file"):
+    with pytest.raises(ConfigError, match=r"ESPER_CONFIG names /nowhere.toml, expected an existing file"):
         locate({"ESPER_CONFIG": "/nowhere.toml"}, tmp_path)
     assert Root() == load(Root, file=None, environ={"ESPER_CONFIG": "x"}).value
 
