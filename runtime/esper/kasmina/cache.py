@@ -107,7 +107,7 @@ class DiskStore:
             self._place(bundle_path, fetched.bundle)
             self._make_room(keep=bundle_path)
         except OSError as error:
-            _log.warning("kernel_not_kept_on_disk", kernel_id=kernel_id, error=str(error))
+            _log.warning("kernel not kept on disk", kernel_id=kernel_id, error=str(error))
 
     def drop(self, kernel_id: str) -> None:
         """Forget an entry; nothing happens when there is none."""
@@ -298,7 +298,7 @@ class KernelCache:
                 kernel = self._verified(kernel_id, stored)
             except (KernelCorrupt, KernelUntrusted) as error:
                 # The library may have sound bytes, or a verdict by a key that is still trusted.
-                _log.warning("kernel_dropped_from_disk", kernel_id=kernel_id, reasons=list(error.reasons))
+                _log.warning("kernel dropped from disk", kernel_id=kernel_id, reasons=list(error.reasons))
                 self._count("corrupt")
                 self._disk.drop(kernel_id)
             else:

@@ -26,18 +26,16 @@ _INPUT = "x"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TAG = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 # Node names become attributes of a torch module, where these mean something else; a test keeps the list complete.
-_RESERVED = frozenset(
-    """
-    T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double
-    dump_patches eager eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule
-    half ipu kernel load_state_dict modules mtia named_buffers named_children named_modules named_parameters
-    parameters plan register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to
-    to_empty train training type xpu zero_grad
-    """.split()
-)
+_RESERVED_NAMES = """
+T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches eager
+eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu kernel load_state_dict
+modules mtia named_buffers named_children named_modules named_parameters parameters plan register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+set_submodule share_memory state_dict to to_empty train training type xpu zero_grad
+"""
+_RESERVED = frozenset(_RESERVED_NAMES.split())
 _TEXT_LIMITS = {"title": 128, "description": 512}
 # Any width serves to see whether an expression can be read.
 _PROBE = {"in": 64, "out": 64}

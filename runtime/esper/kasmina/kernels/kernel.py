@@ -57,7 +57,7 @@ class Kernel:
         self.compiled = compiled
         self.nbytes = nbytes
         self.parameter_names = tuple(spec.name for spec in manifest.parameters)
-        self._parameters = dict(parameters)
+        self._parameters = {name: parameters[name] for name in self.parameter_names}
 
     @property
     def signature(self) -> Signature:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["load_candidate", "load_kernel"]
 
 _log = get_logger("esper.kasmina.kernels")
+# torch.export keeps the program that it is reading in a global: two threads that load at once break one another.
+_loading = threading.Lock()
 _said: set[tuple[str, str]] = set()
 _said_lock = threading.Lock()
 
@@ -101,8 +103,9 @@ def _load(bundle: bytes, kernel_id: str, signature: Signature | None, target: Ta
         raise KernelCorrupt(kernel_id, ["its initial parameters are not those that the manifest lists"])
     here = Target.here() if target is None else target
     try:
-        portable = _portable(opened.members[PORTABLE])
-        compiled = _compiled(opened) if _compiled_here(manifest, kernel_id, here) else None
+        with _loading:
+            portable = _portable(opened.members[PORTABLE])
+            compiled = _compiled(opened) if _compiled_here(manifest, kernel_id, here) else None
     except Exception as error:  # torch raises all kinds; to the caller it is one refusal
         raise KernelCorrupt(kernel_id, [f"torch cannot load it: {type(error).__name__}: {error!s:.300}"]) from error
     return Kernel(
@@ -142,7 +145,9 @@ def _compiled_here(manifest: Manifest, kernel_id: str, here: Target) -> bool:
         first = (kernel_id, str(here)) not in _said
         _said.add((kernel_id, str(here)))
     if first:
-        _log.warning("kernel_falls_back_to_portable", kernel_id=kernel_id, compiled_for=manifest.target, here=str(here))
+        _log.warning(
+            "kernel runs its portable graph", kernel_id=kernel_id, compiled_for=manifest.target, here=str(here)
+        )
     return False
 
 
