@@ -3,19 +3,19 @@
     python -m loadtests.bench_contracts
 
 Prints JSON lines (`_report.py`). The messages are those of a real run: a boundary of `digits`, a germination with its
-explanation, telemetry of a thousand seeds with every column measured. pydantic's JSON of the same boundary is measured in
-the same run, as the usual alternative.
+explanation, telemetry of a thousand seeds with every column measured. pydantic's JSON of the same boundary is measured
+in the same run, as the usual alternative.
 """
 
 import random
 import time
 from collections.abc import Callable
 
-import esper_dataclasses.esper.v1 as dataclass_client
-from esper.v1 import decision_pb2, health_pb2, run_pb2, seed_pb2
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
+import esper_dataclasses.esper.v1 as dataclass_client
+from esper.v1 import decision_pb2, health_pb2, run_pb2, seed_pb2
 from loadtests._report import Report, Target
 
 SEEDS = 1000
@@ -62,7 +62,7 @@ def germination() -> decision_pb2.Decision:
 
 def health_batch() -> health_pb2.HealthBatch:
     """Telemetry of a thousand seeds at one step, nothing missing."""
-    rng = random.Random(0)  # noqa: S311  # values of a benchmark
+    rng = random.Random(0)  # values of a benchmark
     column = [[rng.random() for _ in range(SEEDS)] for _ in range(4)]
     return health_pb2.HealthBatch(
         run_id=RUN,

@@ -117,10 +117,9 @@ async def _calls(report: Report) -> None:
 
     sizes: dict[str, Any] = {"payload_bytes": len(PAYLOAD), "client": "same process"}
     per_call = [seconds / CALLS * 1e6 for _, seconds in singles]
-    report.add(
-        "unary call through the chassis", statistics.median(per_call), unit="us", target=Target.below(2000), runs=per_call,
-        calls=CALLS, **sizes,
-    )  # fmt: skip
+    name = "unary call through the chassis"
+    latency = statistics.median(per_call)
+    report.add(name, latency, unit="us", target=Target.below(2000), runs=per_call, calls=CALLS, **sizes)
     _ratio(report, "unary call, chassis over bare grpc.aio", singles, 1.6, calls=CALLS, **sizes)
     added = [(ours_s - bare_s) / CALLS * 1e6 for bare_s, ours_s in singles]
     report.add(

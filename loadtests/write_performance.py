@@ -18,8 +18,8 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """\
 # Performance
 
-Made by `make docs-performance` from what the programs under [loadtests/](../loadtests) print; do not edit. Values are medians
-of repeated runs; ratios carry over to other machines, absolute times do not.
+Made by `make docs-performance` from what the programs under [loadtests/](../loadtests) print; do not edit. Values are
+medians of repeated runs; ratios carry over to other machines, absolute times do not.
 """
 
 
