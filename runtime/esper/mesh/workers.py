@@ -65,7 +65,8 @@ class WorkerError(WorkerFailed):
 
 
 class WorkerCrashed(WorkerFailed):
-    """The process ended in mid-job (a signal, an exit, nonsense on the wire), or could not be started."""
+    """The process ended in mid-job (a signal, an exit, nonsense on the wire), or could not be started (reason
+    WORKER_NOT_STARTED: the job is not to blame)."""
 
     default_reason = "WORKER_CRASHED"
 
@@ -299,7 +300,8 @@ class WorkerPool:
             await child.kill()
             log.warning("worker did not start", worker=slot.index, entry=self.entry, ending=ending, output=child.tail())
             raise WorkerCrashed(
-                f"worker {slot.index} of {self.entry} did not start: {ending}; its last words: {child.tail() or 'none'}"
+                f"worker {slot.index} of {self.entry} did not start: {ending}; its last words: {child.tail() or 'none'}",
+                reason="WORKER_NOT_STARTED",
             ) from error
         except asyncio.CancelledError:
             await child.kill()

@@ -1,0 +1,1 @@
+"""The gauntlet itself: runs in the sandbox alone, because it loads code that nobody has judged. Needs torch."""

@@ -1,0 +1,128 @@
+"""behaviour.*: causality, determinism, purity, and what becomes of inputs that no training step should see."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.signature import Layout
+from esper.urabrask.checks import TOLERANCES
+from esper.urabrask.gauntlet.correctness import gradients_of
+from esper.urabrask.gauntlet.subject import Refuted, Subject, deviation
+
+__all__ = ["causal_as_claimed", "deterministic", "extremes_as_eager", "pure"]
+
+_TOKENS = 9
+_REPEATS = 3
+
+
+def causal_as_claimed(subject: Subject) -> str:
+    """behaviour.causality: for two splits of a sequence, by values and by gradients."""
+    if not subject.kernel.manifest.causal:
+        return "not claimed"
+    if subject.signature.layout is not Layout.SEQUENCE:
+        return f"claimed, and a {subject.signature.layout.value} has no later positions"
+    module = subject.generic()
+    allowed = TOLERANCES[subject.signature.dtype].outputs
+    x = subject.input((2, _TOKENS), seed=21)
+    for split in (1, 5):
+        other = x.clone()
+        other[:, split:] = subject.input((2, _TOKENS), seed=22, scale=10.0)[:, split:]
+        with torch.no_grad():
+            early, changed = module(x)[:, :split], module(other)[:, :split]
+        if (share := deviation(changed, early)) > allowed:
+            raise Refuted(
+                f"expected outputs before position {split} to ignore what comes later, found a change of {share:.2g}"
+            )
+        cotangent = subject.cotangent((2, _TOKENS), seed=23)
+        cotangent[:, split:] = 0
+        leak = gradients_of(module, x, cotangent)["x"]
+        if (share := deviation(leak[:, split:], torch.zeros_like(leak[:, split:]), floor=1.0)) > allowed:
+            raise Refuted(
+                f"expected no gradient from outputs before position {split} to later inputs, found {share:.2g}"
+            )
+    return f"outputs before positions 1 and 5 of {_TOKENS} ignore the later ones"
+
+
+def deterministic(subject: Subject) -> str:
+    """behaviour.determinism: bitwise repeats, disturbed by other sizes in between."""
+    module = subject.generic()
+    x, cotangent = subject.input(subject.generic_extents, seed=24), subject.cotangent(subject.generic_extents, seed=25)
+    first = _everything(module, x, cotangent)
+    for extents in (*subject.all_extents[:_REPEATS], subject.nominal_extents):
+        gradients_of(module, subject.input(extents, seed=26), subject.cotangent(extents, seed=27))
+        again = _everything(module, x, cotangent)
+        if differing := [name for name in first if not _same_bits(first[name], again[name])]:
+            raise Refuted(f"expected the same bits again, found others in {', '.join(differing)[:300]}")
+    return f"{_REPEATS + 1} repeats, bitwise equal"
+
+
+def pure(subject: Subject) -> str:
+    """behaviour.purity: what goes in comes out unchanged."""
+    module = subject.generic()
+    x, cotangent = subject.input(subject.generic_extents, seed=28), subject.cotangent(subject.generic_extents, seed=29)
+    before = {"input": x.clone(), "gradient of the output": cotangent.clone()}
+    before |= {name: p.detach().clone() for name, p in module.named_parameters()}
+    gradients_of(module, x, cotangent)
+    after = {"input": x, "gradient of the output": cotangent, **dict(module.named_parameters())}
+    if changed := [name for name in before if not _same_bits(before[name], after[name])]:
+        raise Refuted(
+            f"expected inputs and parameters to stay as they are, found changes in {', '.join(changed)[:300]}"
+        )
+    return "input, gradient and parameters unchanged"
+
+
+def _everything(module: torch.nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        output = module(x)
+    return {"the output": output, **gradients_of(module, x, cotangent)}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # Byte by byte, so that NaN equals itself and the two zeros differ.
+    pair = [t.detach().contiguous().view(torch.uint8) for t in (a, b)]
+    return pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1])
+
+
+_CASES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    ("zeros", torch.zeros_like),
+    ("tiny inputs (1e-30)", lambda x: x * 1e-30),
+    ("large inputs (1e4)", lambda x: x * 1e4),
+    ("inputs near the largest number", lambda x: x / x.abs().max() * torch.finfo(x.dtype).max * 0.5),
+)
+
+
+def extremes_as_eager(subject: Subject) -> str:
+    """behaviour.extremes: as eager in the same dtype, sample by sample."""
+    module, eager = subject.generic(), subject.eager(subject.generic_parameters())
+    usual = subject.input(subject.generic_extents, seed=30)
+    with torch.no_grad():
+        for name, make in _CASES:
+            _compare(subject, name, module(make(usual)), eager(make(usual)))
+        calm = module(usual)
+        for name, value in (("NaN", float("nan")), ("infinity", float("inf"))):
+            _poison(name, value, usual, calm, module, eager)
+    return f"{len(_CASES)} extremes as eager; NaN and infinity show in their own sample only"
+
+
+def _compare(subject: Subject, name: str, found: Tensor, expected: Tensor) -> None:
+    sound = torch.isfinite(expected)
+    if wrong := int((torch.isfinite(found) != sound).sum()):
+        raise Refuted(f"{name}: expected numbers exactly where eager has them, found a difference in {wrong} elements")
+    # Both sides round, on inputs that amplify it: ten times what is allowed against the exact reference.
+    allowed = 10 * TOLERANCES[subject.signature.dtype].outputs
+    if sound.any() and (share := deviation(found[sound], expected[sound])) > allowed:
+        raise Refuted(f"{name}: expected a deviation from eager of at most {allowed:g}, found {share:.2g}")
+
+
+def _poison(
+    name: str, value: float, usual: Tensor, calm: Tensor, module: torch.nn.Module, eager: torch.nn.Module
+) -> None:
+    poisoned = usual.clone()
+    poisoned[0].flatten()[0] = value
+    found, expected = module(poisoned), eager(poisoned)
+    hidden = bool(torch.isfinite(found[0]).all()) and not bool(torch.isfinite(expected[0]).all())
+    if hidden:
+        raise Refuted(f"{name} in a sample: expected it to show in that sample's output, found only finite numbers")
+    if not _same_bits(found[1:], calm[1:]):
+        raise Refuted(f"{name} in a sample: expected the other samples' outputs untouched, found changes")
