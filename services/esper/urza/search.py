@@ -1,0 +1,117 @@
+"""Finding kernels: conditions, and the statement that reads no further than it must."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from esper.kasmina.signature import Signature
+from esper.urza.builds import Tier
+from esper.urza.kernels import Kernel, KernelState
+from esper.urza.paging import Page
+from esper.urza.schema import kernel_tags, kernels
+from esper.urza.shelf import FULL, kernel_from_row
+
+__all__ = ["KernelQuery", "list_kernels"]
+
+MAX_BRANCHES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelQuery:
+    """Conditions on kernels; a kernel must meet every one that is given."""
+
+    states: frozenset[KernelState] = frozenset()
+    """One of these; empty for all."""
+
+    signatures: frozenset[Signature] = frozenset()
+    """One of these; empty for all."""
+
+    target: str = ""
+    """Runs on this machine: built for it, or portable."""
+
+    blueprint_id: str = ""
+    """Of this blueprint."""
+
+    tier: Tier | None = None
+    """Of this tier."""
+
+    tags: frozenset[str] = frozenset()
+    """Each of these."""
+
+    max_parameters: int = 0
+    """At most this many; 0 for all."""
+
+    causal_only: bool = False
+    """Only causal ones."""
+
+    max_latency_us: float = 0.0
+    """Measured median forward latency at most this; 0 for all."""
+
+    max_memory_bytes: int = 0
+    """Measured peak memory at most this; 0 for all."""
+
+
+async def list_kernels(
+    connection: AsyncConnection, query: KernelQuery, *, limit: int, before: int | None
+) -> Page[Kernel]:
+    """Kernels that meet every condition, newest first."""
+    states: list[KernelState | None] = [*sorted(query.states)]
+    if not states or len(states) == len(KernelState):
+        states = [None]
+    signatures: list[frozenset[Signature]] = [frozenset({one}) for one in sorted(query.signatures)] or [frozenset()]
+    # One index walk per state and signature, merged: a rare combination is found without reading past all the others.
+    # With many signatures one branch takes them all, lest the statement grow without bound.
+    if len(states) * len(signatures) > MAX_BRANCHES:
+        signatures = [query.signatures]
+    branches = [_branch(query, state, some, limit=limit, before=before) for state, some in product(states, signatures)]
+    chosen = sa.union_all(*branches).subquery()
+    newest = sa.select(chosen.c.sequence).order_by(chosen.c.sequence.desc()).limit(limit + 1)
+    statement = FULL.where(kernels.c.sequence.in_(newest)).order_by(kernels.c.sequence.desc())
+    rows = (await connection.execute(statement)).all()
+    return Page(tuple(kernel_from_row(row) for row in rows[:limit]), more=len(rows) > limit)
+
+
+def _branch(
+    query: KernelQuery,
+    state: KernelState | None,
+    signatures: frozenset[Signature],
+    *,
+    limit: int,
+    before: int | None,
+) -> sa.Select[Any]:
+    k = kernels.c
+    where = list(_conditions(query))
+    if state is not None:
+        where.append(k.state == state.value)
+    if len(signatures) == 1:
+        where.append(k.signature == str(next(iter(signatures))))
+    elif signatures:
+        where.append(k.signature.in_(sorted(map(str, signatures))))
+    if before is not None:
+        where.append(k.sequence < before)
+    inner = sa.select(k.sequence).where(*where).order_by(k.sequence.desc()).limit(limit + 1)
+    return sa.select(inner.subquery().c.sequence)
+
+
+def _conditions(query: KernelQuery) -> Iterator[sa.ColumnElement[bool]]:
+    k = kernels.c
+    if query.target:
+        yield sa.or_(k.tier == Tier.PORTABLE.value, k.target == query.target)
+    if query.blueprint_id:
+        yield k.blueprint_id == query.blueprint_id
+    if query.tier is not None:
+        yield k.tier == query.tier.value
+    for tag in sorted(query.tags):
+        yield k.sequence.in_(sa.select(kernel_tags.c.sequence).where(kernel_tags.c.tag == tag))
+    if query.max_parameters:
+        yield k.parameters <= query.max_parameters
+    if query.causal_only:
+        yield k.causal.is_(True)
+    if query.max_latency_us > 0:
+        yield k.latency_us <= query.max_latency_us
+    if query.max_memory_bytes:
+        yield k.memory_bytes <= float(query.max_memory_bytes)
