@@ -101,12 +101,22 @@ def test_values_are_those_of_the_moment_of_the_call() -> None:
     values, deep = [1, 2], []
     for _ in range(40):
         deep = [deep]
-    log.info("x", values=values, payload=b"secret bytes", odd=Odd(), role=Role.URZA, deep=deep, many=set(range(5000)))
+    log.info(
+        "x",
+        long="z" * 40_000,
+        values=values,
+        payload=b"secret bytes",
+        odd=Odd(),
+        role=Role.URZA,
+        deep=deep,
+        many=set(range(5000)),
+    )
     values.append(3)
     (record,) = records(out)
     assert ([1, 2], "<12 bytes>", "urza", 1000) == (
         record["values"], record["payload"], record["role"], len(record["many"]),
     )  # fmt: skip
+    assert str(record["long"]).endswith("z… (7232 more characters)")
     assert "without repr: RuntimeError" in record["odd"]
 
 

@@ -1,6 +1,7 @@
 """No credential of any known shape gets past the scrubber; what only resembles one does."""
 
 import json
+import time
 
 import pytest
 
@@ -166,3 +167,15 @@ def test_what_is_too_deep_to_look_at_is_not_logged() -> None:
         value = [value]
     assert "hunter2" not in repr(scrub(value))
     assert "too deep" in repr(scrub(value))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["a", "eyJ", "://", "x://a", "password", "-", "sk-", "AC0", "-----BEGIN PRIV" + "ATE KEY-----", "a=", '\\"', "A."],
+)
+def test_no_text_makes_the_scrubber_slow(unit: str) -> None:
+    """Repetition of any fragment costs time in proportion: a hostile string cannot stall the writer."""
+    text = unit * (32_768 // len(unit))
+    began = time.perf_counter()
+    scrub_text(text)
+    assert time.perf_counter() - began < 2

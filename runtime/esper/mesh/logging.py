@@ -40,6 +40,7 @@ __all__ = ["LoggingSettings", "configure", "dropped", "flush", "get_logger", "sh
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _MAX_DEPTH = 12
 _MAX_ITEMS = 1000
+_MAX_TEXT = 32_768
 _PLAIN = frozenset({str, int, float, bool})
 _FIRST = ("timestamp", "level", "event", "logger")
 
@@ -60,7 +61,7 @@ _state = _State()
 def _freeze(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911  # one return per kind of value
     """Snapshot a value on the caller's thread: whatever the caller does to it later must not show in the record."""
     if value is None or type(value) in _PLAIN:
-        return value
+        return _cut(value) if type(value) is str and len(value) > _MAX_TEXT else value
     if isinstance(value, Enum):
         return _freeze(value.value, depth + 1)
     if isinstance(value, datetime | date | UUID | PurePath):
@@ -73,9 +74,14 @@ def _freeze(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911  # one return p
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"  # payloads are no log text, and could hold anything
     try:
-        return repr(value)
+        return _cut(repr(value))
     except Exception as error:  # noqa: BLE001  # a broken __repr__ of somebody else's must not break the caller
         return f"<{type(value).__name__} without repr: {type(error).__name__}>"
+
+
+def _cut(text: str) -> str:
+    """Bound what one value can cost the writer."""
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}… ({len(text) - _MAX_TEXT} more characters)"
 
 
 def _capture(name: str, method: str, event: MutableMapping[str, Any]) -> Any:
@@ -107,7 +113,7 @@ def _exception(exc_info: Any) -> Any:
     if error is None:
         return None
     private = getattr(error, "private", None)
-    text = "".join(traceback.format_exception(error)).rstrip()
+    text = _cut("".join(traceback.format_exception(error)).rstrip())
     return f"{text}\nprivate: {private}" if private else text
 
 

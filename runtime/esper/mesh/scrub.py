@@ -5,6 +5,7 @@ shapes (a string that contains something formed like a credential loses that par
 in JSON inside a string, in a URL, in a traceback). Digests, run ids, UUIDs and the like pass unharmed.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -99,18 +100,21 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"(?<!\S)(--?{_IN_TEXT})(\s+)(?!-)[^\s\"']+", re.IGNORECASE), rf"\1\2{MASK}"),
 )
 
-# Most records hold nothing of the kind: one scan for a fragment that every shape above contains decides.
-_HINT = re.compile(
-    r"PRIVATE KEY|://|eyJ|bearer|basic|negotiate|digest\s|apikey|authorization|cookie|A(?:KIA|SIA|BIA|CCA|ROA|IDA|GPA|NPA)"
-    r"|gh[pousr]_|github_pat|gl(?:pat|dt|rt|cbt|ptt|soat)-|xox|xapp-|AIza|ya29|1//0|GOCSPX|[srp]k_(?:live|test)|whsec_|sk-"
-    r"|hf_|SG\.|SK[0-9a-f]{8}|AC[0-9a-f]{8}|npm_|pypi-|do[opr]_v1|shp|hv[sbr]\.|\bs\.|dapi|AGE-|:AA|[MNO][\w\-]{23,27}\."
-    r"|pass|pwd|secret|token|key|credential|sig|[?&]code=",
-    re.IGNORECASE,
-)
+# Most texts hold nothing of the kind. Every shape above contains one of these fragments in lower case, or matches the
+# pattern below them; plain substring tests are ten times faster than one large alternation.
+_FRAGMENTS = (
+    "://", "key", "pass", "pwd", "secret", "token", "credential", "sig", "code=", "authorization", "cookie",
+    "bearer", "basic", "negotiate", "digest", "eyj", "akia", "asia", "abia", "acca", "aroa", "aida", "agpa", "anpa",
+    "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat", "glpat-", "gldt-", "glrt-", "glcbt-", "glptt-", "glsoat-",
+    "xox", "xapp-", "aiza", "ya29", "1//0", "gocspx", "_live_", "_test_", "whsec_", "sk-", "hf_", "sg.", "npm_",
+    "pypi-", "_v1_", "shpat_", "shpca_", "shppa_", "shpss_", "hvs.", "hvb.", "hvr.", "dapi", ":aa",
+)  # fmt: skip
+_RARE = re.compile(r"\b(?:SK|AC)[0-9a-f]{32}|\bs\.[A-Za-z0-9_\-]{24}|\.[\w\-]{6}\.[\w\-]{27}")
 
 _MAX_DEPTH = 12
 
 
+@functools.lru_cache(4096)
 def is_secret_name(name: str) -> bool:
     """Whether a field of this name must never be shown: `db_password`, `apiKey`, `X-Auth-Token`, `authorization`."""
     return _NAME.fullmatch(_CAMEL.sub("_", name).replace("-", "_")) is not None
@@ -118,11 +122,15 @@ def is_secret_name(name: str) -> bool:
 
 def scrub_text(text: str) -> str:
     """Return the text with every credential-shaped part replaced by `[redacted]`."""
-    if _HINT.search(text) is None:
+    low = text.lower()
+    if not any(fragment in low for fragment in _FRAGMENTS) and _RARE.search(text) is None:
         return text
     for pattern, replacement in _SHAPES:
         text = pattern.sub(replacement, text)
     return text
+
+
+_scrub_name = functools.lru_cache(4096)(scrub_text)  # names of fields recur in every record
 
 
 def scrub(value: Any, *, _depth: int = 0) -> Any:
@@ -136,7 +144,7 @@ def scrub(value: Any, *, _depth: int = 0) -> Any:
         return "[too deep]"
     if isinstance(value, Mapping):
         return {
-            scrub_text(str(key)): MASK
+            _scrub_name(str(key)): MASK
             if is_secret_name(str(key)) and item is not None and item is not False and item is not True
             else scrub(item, _depth=_depth + 1)
             for key, item in value.items()

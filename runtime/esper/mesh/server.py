@@ -110,6 +110,8 @@ class MeshServer:
     def target(self) -> str:
         """Address for clients on this machine, once started: `127.0.0.1:7600`."""
         host = self._settings.host
+        if host.startswith("unix:"):
+            return host
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}.get(host, host)  # noqa: S104  # not a bind
         return f"[{host}]:{self.port}" if ":" in host and not host.startswith("[") else f"{host}:{self.port}"
 
