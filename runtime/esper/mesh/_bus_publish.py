@@ -1,0 +1,587 @@
+"""The publishing side of `esper.mesh.bus`."""
+
+import asyncio
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, TypeVar, cast
+
+import grpc.aio
+import protovalidate
+
+from esper.mesh import context as ambient
+from esper.mesh.errors import Code, EsperError, InvalidInput, LimitExceeded, Unavailable, error_class, from_rpc_error
+from esper.mesh.logging import get_logger
+from esper.v1 import event_pb2, oona_service_pb2, oona_service_pb2_grpc
+
+__all__ = ["BusPublisher", "PublisherOptions", "PublisherStats", "PublisherThread", "StoredAt", "new_event"]
+
+_log = get_logger("esper.mesh.bus")
+_T = TypeVar("_T")
+_MAX_PAYLOAD = 1 << 20
+_OVERHEAD = 256
+_HOPELESS = frozenset({Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE})
+"""Codes by which the server says that a message of ours can never be taken."""
+
+
+def new_event(
+    type_name: str,
+    payload: bytes,
+    *,
+    key: str = "",
+    source: str = "",
+    priority: "event_pb2.Priority.ValueType" = event_pb2.PRIORITY_NORMAL,
+    attributes: Mapping[str, str] | None = None,
+) -> event_pb2.Event:
+    """Make an event with a fresh id that happens now.
+
+    Args:
+        type_name: full name of the payload's message (`esper.v1.HealthBatch`) or a media type.
+        payload: at most 1 MiB.
+        key: events of one key keep their order.
+        source: who publishes, like `tolaria/digits-1`.
+        priority: LOW may be shed.
+        attributes: labels.
+    """
+    event = event_pb2.Event(
+        id=uuid.uuid4().hex,
+        key=key,
+        type=type_name,
+        payload=payload,
+        source=source,
+        priority=priority,
+        attributes=attributes,
+    )
+    event.occur_time.FromNanoseconds(time.time_ns())
+    return event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherOptions:
+    """Bounds and times of a publisher."""
+
+    linger_s: float = 0.005
+    """Seconds to wait for company before a batch leaves; a full batch leaves at once."""
+
+    batch_events: int = 1024
+    """Most events of a batch."""
+
+    batch_bytes: int = 1 << 20
+    """Bytes beyond which a batch takes no further event."""
+
+    max_events: int = 65_536
+    """Events that may wait, LOW ones not counted; one more is refused."""
+
+    max_bytes: int = 64 << 20
+    """Bytes that may wait, LOW ones not counted; beyond it events are refused."""
+
+    max_low_events: int = 8_192
+    """LOW events of one topic that may wait; one more sheds the oldest."""
+
+    max_low_bytes: int = 16 << 20
+    """Bytes of LOW events of one topic that may wait; beyond it the oldest are shed."""
+
+    backoff_s: float = 0.05
+    """Seconds before the first attempt to connect again; doubles, with jitter."""
+
+    backoff_max_s: float = 2.0
+    """Longest such wait, in seconds."""
+
+
+@dataclass(slots=True)
+class PublisherStats:
+    """What became of the events so far. Every event offered ends in exactly one of the other counts, or waits."""
+
+    offered: int = 0
+    stored: int = 0
+    """Acknowledged as durable by the bus."""
+    shed: int = 0
+    """LOW events given up, here or by the bus, for want of room."""
+    refused: int = 0
+    """Not taken by `offer`: no room, too large, or closed."""
+    rejected: int = 0
+    """Taken, but refused by the bus for good: unknown topic, breach of a bound."""
+    lost: int = 0
+    """Still waiting when the publisher was closed."""
+    resent: int = 0
+    """Events sent more than once, after a broken stream or by request of the bus."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAt:
+    """Where an event is stored."""
+
+    partition: int
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    event: event_pb2.Event
+    size: int
+    future: "asyncio.Future[StoredAt] | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    number: int
+    entries: list[_Entry]
+    written: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Events of one topic and one class, in order.
+
+    One batch is under way at a time: with two, an answer that asks to send the first again would come too late to keep
+    the order. While one is under way the next one fills up.
+    """
+
+    topic: str
+    low: bool
+    waiting: deque[_Entry] = field(default_factory=deque)
+    size: int = 0
+    batch: _Batch | None = None
+    not_before: float = 0.0
+
+
+class BusPublisher:
+    """Publishes events in the background.
+
+    Events of one topic keep the order in which they were offered (LOW events and others: each among themselves), also
+    through broken streams. An event is taken or refused at once; what was taken is sent until the bus stores it or
+    refuses it for good, except LOW events, which are shed oldest first when room is short.
+
+    Args:
+        channel: to the bus; stays open.
+        options: bounds and times.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, options: PublisherOptions | None = None) -> None:
+        self.options = PublisherOptions() if options is None else options
+        self._stub = oona_service_pb2_grpc.OonaServiceStub(channel)
+        self._lanes: dict[tuple[str, bool], _Lane] = {}
+        self._lock = threading.Lock()
+        self._stats = PublisherStats()
+        self._events = 0
+        self._bytes = 0
+        self._numbers = 0
+        self._signalled = False
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._warned: set[str] = set()
+
+    def start(self) -> None:
+        """Begin to send, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._task = ambient.spawn(self._run(), name="bus-publisher")
+        self._wake.set()
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    # --- any thread ---
+
+    def offer(self, topic: str, event: event_pb2.Event) -> bool:
+        """Hand an event over; never blocks, from any thread. An event without an id gets one.
+
+        The event belongs to the publisher from now on and must not be changed.
+
+        Returns:
+            False when it was refused: no room, a payload above 1 MiB, or the publisher is closed.
+        """
+        return self._take(topic, event, None) is None
+
+    def publish(self, topic: str, event: event_pb2.Event) -> None:
+        """As `offer`, but a refusal is an error.
+
+        Raises:
+            LimitExceeded: BUS_BUFFER_FULL.
+            InvalidInput: PAYLOAD_TOO_LARGE.
+            Unavailable: BUS_CLOSED.
+        """
+        refusal = self._take(topic, event, None)
+        if refusal is not None:
+            raise refusal()
+
+    @property
+    def stats(self) -> PublisherStats:
+        """A copy of the counts."""
+        with self._lock:
+            return PublisherStats(**{f.name: getattr(self._stats, f.name) for f in fields(PublisherStats)})
+
+    def _take(
+        self, topic: str, event: event_pb2.Event, future: "asyncio.Future[StoredAt] | None"
+    ) -> Callable[[], EsperError] | None:
+        """Queue the event, or say (cheaply) how the refusal would be worded."""
+        if not event.id:
+            event.id = uuid.uuid4().hex
+        size = len(event.payload) + _OVERHEAD
+        low = event.priority == event_pb2.PRIORITY_LOW
+        options, stats = self.options, self._stats
+        with self._lock:
+            stats.offered += 1
+            if self._closed:
+                stats.refused += 1
+                return _closed
+            if size > _MAX_PAYLOAD + _OVERHEAD:
+                stats.refused += 1
+                return lambda: _too_large(topic, size - _OVERHEAD)
+            if not low and (self._events >= options.max_events or self._bytes + size > options.max_bytes):
+                stats.refused += 1
+                return lambda: _full(topic, options)
+            lane = self._lanes.get((topic, low))
+            if lane is None:
+                lane = self._lanes[topic, low] = _Lane(topic, low)
+            if low:
+                while lane.waiting and (
+                    len(lane.waiting) >= options.max_low_events or lane.size + size > options.max_low_bytes
+                ):
+                    self._drop(lane)
+            else:
+                self._events += 1
+                self._bytes += size
+            lane.waiting.append(_Entry(event, size, future))
+            lane.size += size
+            signal, self._signalled = not self._signalled, True
+        if signal and self._loop is not None:
+            # Once per wake-up, not per event: it costs a system call. A closed loop has nobody to wake.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake.set)
+        return None
+
+    def _drop(self, lane: _Lane) -> None:
+        oldest = lane.waiting.popleft()
+        lane.size -= oldest.size
+        self._stats.shed += 1
+        if oldest.future is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(_refuse, oldest.future, _shed(lane.topic))
+
+    # --- the loop's thread ---
+
+    async def send(self, topic: str, event: event_pb2.Event) -> StoredAt:
+        """Publish an event and wait until the bus has stored it.
+
+        Raises:
+            LimitExceeded: BUS_BUFFER_FULL, or SHED for a LOW event.
+            NotFound: TOPIC_NOT_FOUND.
+            InvalidInput: the event breaks a bound.
+            Unavailable: BUS_CLOSED, before it was stored.
+        """
+        future: asyncio.Future[StoredAt] = asyncio.get_running_loop().create_future()
+        refusal = self._take(topic, event, future)
+        if refusal is not None:
+            raise refusal()
+        return await future
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing waits; False when that took longer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._busy():
+                    self._idle.clear()
+                    self._wake.set()
+                    await self._idle.wait()
+        return not self._busy()
+
+    async def close(self, timeout_s: float = 5.0) -> PublisherStats:
+        """Take nothing more, send what waits for at most `timeout_s`, stop; return the final counts."""
+        with self._lock:
+            self._closed = True
+        if self._task is not None:
+            await self.flush(timeout_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for lane in self._lanes.values():
+            left = [*(lane.batch.entries if lane.batch else ()), *lane.waiting]
+            self._finish(lane, left, error=_closed())
+            lane.batch = None
+            with self._lock:
+                self._stats.lost += len(left)
+                lane.waiting.clear()
+        if self._stats.lost:
+            _log.warning("events not published", count=self._stats.lost)
+        return self.stats
+
+    def _busy(self) -> bool:
+        with self._lock:
+            return any(lane.waiting or lane.batch for lane in self._lanes.values())
+
+    async def _run(self) -> None:
+        attempt = 0
+        while True:
+            await self._wait()
+            if not self._busy():
+                continue
+            stored = self._stats.stored
+            try:
+                await self._session()
+            except grpc.aio.AioRpcError as failure:
+                error = from_rpc_error(failure)
+                self._broken(error)
+                attempt = 0 if self._stats.stored > stored else attempt + 1
+                _log.info("publish stream broken", code=error.code.name, reason=error.reason, attempt=attempt)
+                await asyncio.sleep(self._backoff(attempt, error))
+
+    def _backoff(self, attempt: int, error: EsperError) -> float:
+        longest = min(self.options.backoff_max_s, self.options.backoff_s * 2.0 ** min(attempt, 16))
+        return (error.retry_after_s or 0.0) + longest * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, no secret
+
+    async def _wait(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+        with self._lock:
+            self._signalled = False
+
+    async def _session(self) -> None:
+        """One stream: send batches until it breaks."""
+        call = cast("Any", self._stub.Publish())
+        reading = asyncio.create_task(self._read(call))
+        reading.add_done_callback(lambda _done: self._wake.set())
+        try:
+            while not reading.done():
+                if self._fresh():
+                    await asyncio.sleep(self.options.linger_s)
+                now = time.monotonic()
+                for lane in list(self._lanes.values()):
+                    batch = self._ready(lane, now)
+                    if batch is not None:
+                        await self._write(call, lane, batch)
+                await self._wait_or_retry(now)
+            await reading  # raises what ended the stream
+            raise _ended(await call.code(), await call.details())
+        finally:
+            reading.cancel()
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def _fresh(self) -> bool:
+        """Whether waiting for company makes sense: something waits, and no batch is full yet."""
+        lanes = list(self._lanes.values())
+        most, size = self.options.batch_events, self.options.batch_bytes
+        full = any(len(lane.waiting) >= most or lane.size >= size for lane in lanes)
+        return not full and any(lane.waiting and lane.batch is None for lane in lanes)
+
+    def _ready(self, lane: _Lane, now: float) -> _Batch | None:
+        """The batch that a lane has to send now, if any."""
+        if lane.batch is not None:
+            return None if lane.batch.written or lane.not_before > now else lane.batch
+        entries: list[_Entry] = []
+        size = 0
+        with self._lock:
+            while lane.waiting and len(entries) < self.options.batch_events and size < self.options.batch_bytes:
+                entry = lane.waiting.popleft()
+                size += entry.size
+                entries.append(entry)
+            lane.size -= size
+        if not entries:
+            return None
+        self._numbers += 1
+        lane.batch = _Batch(self._numbers, entries)
+        return lane.batch
+
+    async def _write(self, call: Any, lane: _Lane, batch: _Batch) -> None:
+        batch.written = True
+        request = oona_service_pb2.PublishRequest(topic=lane.topic, batch=batch.number)
+        request.events.extend(entry.event for entry in batch.entries)
+        # A stream that broke says so when it is read.
+        with suppress(asyncio.InvalidStateError):
+            await call.write(request)
+
+    async def _wait_or_retry(self, now: float) -> None:
+        due = [lane.not_before for lane in self._lanes.values() if lane.batch and not lane.batch.written]
+        if not due:
+            await self._wait()
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(due) - now)):
+                await self._wait()
+
+    async def _read(self, call: Any) -> None:
+        async for answer in call:
+            for lane in list(self._lanes.values()):
+                if lane.batch is not None and lane.batch.number == answer.batch:
+                    self._answered(lane, lane.batch, answer)
+            self._wake.set()
+            if not self._busy():
+                self._idle.set()
+
+    def _answered(self, lane: _Lane, batch: _Batch, answer: oona_service_pb2.PublishResponse) -> None:
+        if not answer.HasField("error"):
+            lane.batch = None
+            places = [StoredAt(p.partition, p.offset) for p in answer.positions]
+            self._finish(lane, batch.entries, places=places)
+            return
+        refusal = answer.error
+        if refusal.HasField("retry_delay") or refusal.code == Code.UNAVAILABLE:
+            batch.written = False
+            lane.not_before = time.monotonic() + max(refusal.retry_delay.ToNanoseconds() / 1e9, self.options.backoff_s)
+            self._stats.resent += len(batch.entries)
+            self._warn(f"{lane.topic}: {refusal.reason}", refusal.message)
+            return
+        lane.batch = None
+        error = error_class(refusal.code)(refusal.message, reason=refusal.reason or None)
+        self._give_up(lane, batch.entries, error)
+
+    def _broken(self, error: EsperError) -> None:
+        """Have what was not answered sent again on the next stream, except what broke it."""
+        for lane in self._lanes.values():
+            batch = lane.batch
+            if batch is None or not batch.written:
+                continue
+            batch.written = False
+            if error.code in _HOPELESS or error.reason == "MESSAGE_TOO_LARGE":
+                good = [entry for entry in batch.entries if not _violations(entry.event)]
+                if len(good) == len(batch.entries) and error.reason != "VALIDATION_FAILED":
+                    good = []  # none breaks a bound, yet the server will not have them: it would refuse them for ever
+                self._give_up(lane, [entry for entry in batch.entries if entry not in good], error)
+                batch.entries = good
+                lane.batch = batch if good else None
+            self._stats.resent += len(batch.entries)
+        if not self._busy():
+            self._idle.set()
+        self._wake.set()
+
+    def _give_up(self, lane: _Lane, entries: list[_Entry], error: EsperError) -> None:
+        if not entries:
+            return
+        if error.reason == "SHED":
+            self._stats.shed += len(entries)
+        else:
+            self._stats.rejected += len(entries)
+            self._warn(f"{lane.topic}: {error.reason}", error.public)
+        self._finish(lane, entries, error=error)
+
+    def _finish(
+        self,
+        lane: _Lane,
+        entries: list[_Entry],
+        *,
+        places: list[StoredAt] | None = None,
+        error: EsperError | None = None,
+    ) -> None:
+        with self._lock:
+            if not lane.low:
+                self._events -= len(entries)
+                self._bytes -= sum(entry.size for entry in entries)
+            if error is None:
+                self._stats.stored += len(entries)
+        for number, entry in enumerate(entries):
+            if entry.future is None or entry.future.done():
+                continue
+            if error is not None:
+                entry.future.set_exception(error)
+            elif places is not None:
+                entry.future.set_result(places[number])
+
+    def _warn(self, what: str, message: str) -> None:
+        """Log each kind of trouble once: a full disk would otherwise write a line per batch."""
+        if what not in self._warned and len(self._warned) < 256:
+            self._warned.add(what)
+            _log.warning("bus refuses events", what=what, message=message)
+
+
+class PublisherThread:
+    """A `BusPublisher` on a thread and event loop of its own, for processes that have none.
+
+    Args:
+        open_channel: opens the channel, on the thread's loop.
+        options: bounds and times.
+    """
+
+    def __init__(self, open_channel: Callable[[], grpc.aio.Channel], options: PublisherOptions | None = None) -> None:
+        self._open_channel = open_channel
+        self._options = options
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="bus-publisher", daemon=True)
+        self._channel: grpc.aio.Channel | None = None
+        self._thread.start()
+        self.publisher = self._call(self._start())
+
+    def offer(self, topic: str, event: event_pb2.Event) -> bool:
+        """As `BusPublisher.offer`."""
+        return self.publisher.offer(topic, event)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing waits; False when that took longer. Not for the training thread."""
+        return self._call(self.publisher.flush(timeout_s))
+
+    def close(self, timeout_s: float = 5.0) -> PublisherStats:
+        """Send what waits for at most `timeout_s`, stop, end the thread; return the final counts."""
+        if self._loop.is_closed():
+            return self.publisher.stats
+        stats = self._call(self._stop(timeout_s))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        return stats
+
+    async def _start(self) -> BusPublisher:
+        self._channel = self._open_channel()
+        publisher = BusPublisher(self._channel, self._options)
+        publisher.start()
+        return publisher
+
+    async def _stop(self, timeout_s: float) -> PublisherStats:
+        stats = await self.publisher.close(timeout_s)
+        if self._channel is not None:
+            await self._channel.close()
+        return stats
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _violations(event: event_pb2.Event) -> bool:
+    return bool(protovalidate.collect_violations(event))
+
+
+def _refuse(future: "asyncio.Future[StoredAt]", error: EsperError) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _ended(code: Any, details: Any) -> grpc.aio.AioRpcError:
+    """A stream that the server ended without an error is as broken as any other."""
+    return grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE if code is grpc.StatusCode.OK else code,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(),
+        details or "the server ended the stream",
+    )
+
+
+def _closed() -> EsperError:
+    return Unavailable("the publisher is closed", reason="BUS_CLOSED")
+
+
+def _too_large(topic: str, size: int) -> EsperError:
+    return InvalidInput(
+        f"event for {topic}: expected a payload of at most {_MAX_PAYLOAD} bytes, found {size}",
+        reason="PAYLOAD_TOO_LARGE",
+    )
+
+
+def _full(topic: str, options: PublisherOptions) -> EsperError:
+    return LimitExceeded(
+        f"event for {topic}: the publisher's buffer ({options.max_events} events, {options.max_bytes} bytes) is full",
+        reason="BUS_BUFFER_FULL",
+        metadata={"topic": topic},
+        retry_after_s=1.0,
+    )
+
+
+def _shed(topic: str) -> EsperError:
+    return LimitExceeded(f"an event of low priority for {topic} was shed: newer ones needed its room", reason="SHED")
