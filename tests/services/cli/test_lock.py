@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from esper.cli.lock import HomeLock, find_running
 from esper.mesh.errors import Conflict
 
