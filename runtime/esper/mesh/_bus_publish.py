@@ -6,118 +6,35 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import grpc.aio
 import protovalidate
 
 from esper.mesh import context as ambient
-from esper.mesh.errors import Code, EsperError, InvalidInput, LimitExceeded, Unavailable, error_class, from_rpc_error
+from esper.mesh._bus_terms import (
+    MAX_PAYLOAD,
+    PublisherOptions,
+    PublisherStats,
+    StoredAt,
+    buffer_full,
+    bus_closed,
+    event_shed,
+    payload_too_large,
+)
+from esper.mesh.errors import Code, EsperError, error_class, from_rpc_error
 from esper.mesh.logging import get_logger
 from esper.v1 import event_pb2, oona_service_pb2, oona_service_pb2_grpc
 
-__all__ = ["BusPublisher", "PublisherOptions", "PublisherStats", "PublisherThread", "StoredAt", "new_event"]
+__all__ = ["BusPublisher"]
 
 _log = get_logger("esper.mesh.bus")
-_T = TypeVar("_T")
-_MAX_PAYLOAD = 1 << 20
 _OVERHEAD = 256
 _HOPELESS = frozenset({Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE})
 """Codes by which the server says that a message of ours can never be taken."""
-
-
-def new_event(
-    type_name: str,
-    payload: bytes,
-    *,
-    key: str = "",
-    source: str = "",
-    priority: "event_pb2.Priority.ValueType" = event_pb2.PRIORITY_NORMAL,
-    attributes: Mapping[str, str] | None = None,
-) -> event_pb2.Event:
-    """Make an event with a fresh id that happens now.
-
-    Args:
-        type_name: full name of the payload's message (`esper.v1.HealthBatch`) or a media type.
-        payload: at most 1 MiB.
-        key: events of one key keep their order.
-        source: who publishes, like `tolaria/digits-1`.
-        priority: LOW may be shed.
-        attributes: labels.
-    """
-    event = event_pb2.Event(
-        id=uuid.uuid4().hex,
-        key=key,
-        type=type_name,
-        payload=payload,
-        source=source,
-        priority=priority,
-        attributes=attributes,
-    )
-    event.occur_time.FromNanoseconds(time.time_ns())
-    return event
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublisherOptions:
-    """Bounds and times of a publisher."""
-
-    linger_s: float = 0.005
-    """Seconds to wait for company before a batch leaves; a full batch leaves at once."""
-
-    batch_events: int = 1024
-    """Most events of a batch."""
-
-    batch_bytes: int = 1 << 20
-    """Bytes beyond which a batch takes no further event."""
-
-    max_events: int = 65_536
-    """Events that may wait, LOW ones not counted; one more is refused."""
-
-    max_bytes: int = 64 << 20
-    """Bytes that may wait, LOW ones not counted; beyond it events are refused."""
-
-    max_low_events: int = 8_192
-    """LOW events of one topic that may wait; one more sheds the oldest."""
-
-    max_low_bytes: int = 16 << 20
-    """Bytes of LOW events of one topic that may wait; beyond it the oldest are shed."""
-
-    backoff_s: float = 0.05
-    """Seconds before the first attempt to connect again; doubles, with jitter."""
-
-    backoff_max_s: float = 2.0
-    """Longest such wait, in seconds."""
-
-
-@dataclass(slots=True)
-class PublisherStats:
-    """What became of the events so far. Every event offered ends in exactly one of the other counts, or waits."""
-
-    offered: int = 0
-    stored: int = 0
-    """Acknowledged as durable by the bus."""
-    shed: int = 0
-    """LOW events given up, here or by the bus, for want of room."""
-    refused: int = 0
-    """Not taken by `offer`: no room, too large, or closed."""
-    rejected: int = 0
-    """Taken, but refused by the bus for good: unknown topic, breach of a bound."""
-    lost: int = 0
-    """Still waiting when the publisher was closed."""
-    resent: int = 0
-    """Events sent more than once, after a broken stream or by request of the bus."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAt:
-    """Where an event is stored."""
-
-    partition: int
-    offset: int
 
 
 @dataclass(slots=True, eq=False)
@@ -235,13 +152,13 @@ class BusPublisher:
             stats.offered += 1
             if self._closed:
                 stats.refused += 1
-                return _closed
-            if size > _MAX_PAYLOAD + _OVERHEAD:
+                return bus_closed
+            if size > MAX_PAYLOAD + _OVERHEAD:
                 stats.refused += 1
-                return lambda: _too_large(topic, size - _OVERHEAD)
+                return lambda: payload_too_large(topic, size - _OVERHEAD)
             if not low and (self._events >= options.max_events or self._bytes + size > options.max_bytes):
                 stats.refused += 1
-                return lambda: _full(topic, options)
+                return lambda: buffer_full(topic, options)
             lane = self._lanes.get((topic, low))
             if lane is None:
                 lane = self._lanes[topic, low] = _Lane(topic, low)
@@ -267,7 +184,7 @@ class BusPublisher:
         lane.size -= oldest.size
         self._stats.shed += 1
         if oldest.future is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(_refuse, oldest.future, _shed(lane.topic))
+            self._loop.call_soon_threadsafe(_refuse, oldest.future, event_shed(lane.topic))
 
     # --- the loop's thread ---
 
@@ -306,7 +223,7 @@ class BusPublisher:
             await asyncio.gather(self._task, return_exceptions=True)
         for lane in self._lanes.values():
             left = [*(lane.batch.entries if lane.batch else ()), *lane.waiting]
-            self._finish(lane, left, error=_closed())
+            self._finish(lane, left, error=bus_closed())
             lane.batch = None
             with self._lock:
                 self._stats.lost += len(left)
@@ -493,57 +410,6 @@ class BusPublisher:
             _log.warning("bus refuses events", what=what, message=message)
 
 
-class PublisherThread:
-    """A `BusPublisher` on a thread and event loop of its own, for processes that have none.
-
-    Args:
-        open_channel: opens the channel, on the thread's loop.
-        options: bounds and times.
-    """
-
-    def __init__(self, open_channel: Callable[[], grpc.aio.Channel], options: PublisherOptions | None = None) -> None:
-        self._open_channel = open_channel
-        self._options = options
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="bus-publisher", daemon=True)
-        self._channel: grpc.aio.Channel | None = None
-        self._thread.start()
-        self.publisher = self._call(self._start())
-
-    def offer(self, topic: str, event: event_pb2.Event) -> bool:
-        """As `BusPublisher.offer`."""
-        return self.publisher.offer(topic, event)
-
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing waits; False when that took longer. Not for the training thread."""
-        return self._call(self.publisher.flush(timeout_s))
-
-    def close(self, timeout_s: float = 5.0) -> PublisherStats:
-        """Send what waits for at most `timeout_s`, stop, end the thread; return the final counts."""
-        if self._loop.is_closed():
-            return self.publisher.stats
-        stats = self._call(self._stop(timeout_s))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        return stats
-
-    async def _start(self) -> BusPublisher:
-        self._channel = self._open_channel()
-        publisher = BusPublisher(self._channel, self._options)
-        publisher.start()
-        return publisher
-
-    async def _stop(self, timeout_s: float) -> PublisherStats:
-        stats = await self.publisher.close(timeout_s)
-        if self._channel is not None:
-            await self._channel.close()
-        return stats
-
-    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
 def _violations(event: event_pb2.Event) -> bool:
     return bool(protovalidate.collect_violations(event))
 
@@ -561,27 +427,3 @@ def _ended(code: Any, details: Any) -> grpc.aio.AioRpcError:
         grpc.aio.Metadata(),
         details or "the server ended the stream",
     )
-
-
-def _closed() -> EsperError:
-    return Unavailable("the publisher is closed", reason="BUS_CLOSED")
-
-
-def _too_large(topic: str, size: int) -> EsperError:
-    return InvalidInput(
-        f"event for {topic}: expected a payload of at most {_MAX_PAYLOAD} bytes, found {size}",
-        reason="PAYLOAD_TOO_LARGE",
-    )
-
-
-def _full(topic: str, options: PublisherOptions) -> EsperError:
-    return LimitExceeded(
-        f"event for {topic}: the publisher's buffer ({options.max_events} events, {options.max_bytes} bytes) is full",
-        reason="BUS_BUFFER_FULL",
-        metadata={"topic": topic},
-        retry_after_s=1.0,
-    )
-
-
-def _shed(topic: str) -> EsperError:
-    return LimitExceeded(f"an event of low priority for {topic} was shed: newer ones needed its room", reason="SHED")

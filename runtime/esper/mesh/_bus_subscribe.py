@@ -71,8 +71,8 @@ class BusSubscriber:
     """Reads a topic, as a member of a group or on its own, for as long as it is iterated over.
 
     After a broken stream it subscribes again: a group goes on where its acknowledgements ended; without a group reading
-    goes on after the last event seen, none lost and none twice. Answers to deliveries of a broken stream are void: those
-    events come again.
+    goes on after the last event seen, none lost and none twice. Answers to deliveries of a broken stream are void:
+    those events come again.
 
     Args:
         channel: to the bus; stays open.
@@ -134,6 +134,9 @@ class BusSubscriber:
         if self._session is not None:
             self._session.stop()
 
+    def _ended(self) -> bool:
+        return self._closed
+
     def __aiter__(self) -> AsyncIterator[BusDelivery]:
         self._iteration = self._deliveries()
         return self._iteration
@@ -153,7 +156,7 @@ class BusSubscriber:
             Forbidden: the caller may not subscribe.
         """
         attempt = 0
-        while not self._closed:
+        while not self._ended():
             try:
                 async with aclosing(self._stream()) as stream:
                     async for batch in stream:
@@ -162,18 +165,18 @@ class BusSubscriber:
                 error: EsperError | None = None
             except grpc.aio.AioRpcError as failure:
                 error = from_rpc_error(failure)
-                if not self._closed and error.code in _FATAL:
+                if error.code in _FATAL and not self._ended():
                     raise error from failure
             except asyncio.CancelledError:
                 # grpc raises it for a call that `close` cancelled, too.
-                if not self._closed or _cancelling():
+                if _cancelling() or not self._ended():
                     raise
                 return
-            if self._closed:
+            if self._ended():
                 return
             self.reconnects += 1
             attempt += 1
-            pause = min(self._backoff_max_s, 0.05 * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311  # jitter
+            pause = min(self._backoff_max_s, 0.05 * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1)  # noqa: S311  # jitter
             _log.info(
                 "subscription broken",
                 topic=self._open.topic,
@@ -190,7 +193,7 @@ class BusSubscriber:
             while (response := await session.call.read()) is not grpc.aio.EOF:
                 if response.WhichOneof("kind") == "opened":
                     session.start()
-                    if self._closed:
+                    if self._ended():
                         session.stop()
                     if opening is not self._open and await self._gap(opening):
                         return

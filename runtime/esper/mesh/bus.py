@@ -21,8 +21,10 @@ A service subscribes::
 Both reconnect by themselves. What was not acknowledged is sent, or delivered, again: handlers must bear repetition.
 """
 
-from esper.mesh._bus_publish import BusPublisher, PublisherOptions, PublisherStats, PublisherThread, StoredAt, new_event
+from esper.mesh._bus_publish import BusPublisher
 from esper.mesh._bus_subscribe import BusDelivery, BusSubscriber
+from esper.mesh._bus_terms import PublisherOptions, PublisherStats, StoredAt, new_event
+from esper.mesh._bus_thread import PublisherThread
 
 __all__ = [
     "BusDelivery",

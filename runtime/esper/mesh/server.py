@@ -79,6 +79,8 @@ class MeshServer:
         self.registry = CollectorRegistry() if registry is None else registry
         self.port = 0
         self.metrics_port: int | None = None
+        for collector in (collector for service in services for collector in service.collectors):
+            self.registry.register(collector)
         self._limits = LimitsHook(
             max_calls=settings.max_concurrent_calls,
             max_streams=settings.max_long_streams,

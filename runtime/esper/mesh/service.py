@@ -14,15 +14,19 @@ A method that no policy lists is refused, whoever calls.
 import asyncio
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
 from esper.mesh.errors import InternalError
 from esper.mesh.identity import Role
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 __all__ = ["ANYONE_KNOWN", "Service", "ServiceContext", "allow", "is_long_stream", "utc_now"]
 
@@ -89,6 +93,9 @@ class Service(ABC):
 
     policy: Mapping[str, frozenset[Role]]
     """Full method name -> roles that may call it. A method that is missing here is refused."""
+
+    collectors: "Sequence[Collector]" = ()
+    """What the server adds to its metrics page: numbers of this service's own, read when Prometheus asks."""
 
     long_streams: frozenset[str] = frozenset()
     """Full names of further methods that may be called without a deadline, beside those of `is_long_stream`."""

@@ -1,4 +1,4 @@
-"""The bus itself: topics, consumer groups and readers over a log. Runs on one event loop; knows neither gRPC nor protobuf.
+"""The bus itself: topics, consumer groups and readers over a log. One event loop; neither gRPC nor protobuf.
 
 Lives through `start` and `close`. Publishers call `append` (and await `room` before taking on more); subscribers get a
 `GroupSubscription` or a `Reader` from `subscribe` and loop over `next_batch`.
@@ -77,7 +77,7 @@ class DeadLetter(Protocol):
     """Makes the event that is stored in the dead-letter topic."""
 
     def __call__(self, topic: str, group: str, exhausted: Exhausted) -> NewEvent:
-        """The dead letter; its id is a function of topic, position and group, so that storing it twice stores it once."""
+        """The dead letter; its id follows from topic, position and group: storing it twice stores it once."""
 
 
 class Broker:
@@ -342,7 +342,7 @@ class Broker:
                     await self.save_positions()
             except EsperError as error:
                 _log.warning("positions not saved", reason=error.reason, private=error.private)
-            except Exception:
+            except Exception:  # noqa: BLE001  # logged with its traceback; see below
                 # The clock of the whole bus must not stop; the next tick sees the same state again.
                 _log.exception("tick failed")
 

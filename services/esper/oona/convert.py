@@ -134,9 +134,9 @@ def deliveries_to_proto(batch: Sequence[Delivered]) -> oona_service_pb2.Subscrib
 def dead_letter(topic: str, group: str, exhausted: Exhausted) -> NewEvent:
     """The event as it was, with its story in attributes that begin with `dead-`.
 
-    These are `dead-topic`, `dead-position` ("partition/offset"), `dead-group`, `dead-attempts`, `dead-id` (its first id) and
-    `dead-cause`, which goes on in `dead-cause-2` to `-4` when it is longer than an attribute may be. They displace the
-    event's own attributes, last names first, where an event may not hold them all.
+    These are `dead-topic`, `dead-position` ("partition/offset"), `dead-group`, `dead-attempts`, `dead-id` (its first
+    id) and `dead-cause`, which goes on in `dead-cause-2` to `-4` when it is longer than an attribute may be. They
+    displace the event's own attributes, last names first, where an event may not hold them all.
     """
     stored = exhausted.item.event
     event = event_pb2.Event.FromString(stored.data)

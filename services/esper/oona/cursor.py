@@ -1,8 +1,8 @@
 """One consumer group in one partition: what is waiting, what is out, what blocks what.
 
 An event goes: fed (read from the log) -> taken (delivered) -> done, or -> retry (waits for its time) -> taken -> ...
-Order per key is kept by lanes: as long as an event of a key waits for redelivery or for its burial as a dead letter, later
-events of that key queue up behind it. Events without a key block nobody.
+Order per key is kept by lanes: as long as an event of a key waits for redelivery or for its burial as a dead letter,
+later events of that key queue up behind it. Events without a key block nobody.
 """
 
 from bisect import insort

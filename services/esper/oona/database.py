@@ -1,40 +1,38 @@
 """The SQLite file of the embedded log: schema and statements. Everything here blocks and belongs on one thread.
 
 A row of `chunk` holds the events that one group commit stored in one partition. Its primary key is
-`partition row << 40 | last offset`, so that a partition's rows lie side by side in order of offset and one key range finds any
-of them; no other index has to be kept. Room for 2^40 offsets a partition and 2^22 partitions.
+`partition row << 40 | last offset`, so that a partition's rows lie side by side in order of offset and one key range
+finds any of them; no other index has to be kept. Room for 2^40 offsets a partition and 2^22 partitions.
 """
 
 import os
 import sqlite3
-import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from esper.mesh.errors import Corrupt, EsperError, LimitExceeded, Unavailable
-from esper.oona.codec import pack, pack_pairs, unpack, unpack_pairs
+from esper.mesh.errors import Corrupt, Unavailable
+from esper.oona.codec import unpack, unpack_pairs
 from esper.oona.records import Durability, GroupPosition, StoredEvent, TopicSpec
-from esper.oona.sequencer import Chunk
+from esper.oona.rows import ChunkRow, PartitionRow, key_range, log_error, read_chunk
 
-__all__ = ["Database", "PartitionRow", "chunk_row", "log_error", "position_row"]
+__all__ = ["Database"]
 
 SCHEMA_VERSION = 1
-_OFFSET_BITS = 40
 _SCHEMA = """
 CREATE TABLE topic (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, partitions INTEGER NOT NULL, durability TEXT NOT NULL,
-    max_attempts INTEGER NOT NULL, retention_s INTEGER NOT NULL, retention_bytes INTEGER NOT NULL, create_us INTEGER NOT NULL
+    max_attempts INTEGER NOT NULL, retention_s INTEGER NOT NULL, retention_bytes INTEGER NOT NULL,
+    create_us INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE partition (
     id INTEGER PRIMARY KEY, topic_id INTEGER NOT NULL REFERENCES topic (id), number INTEGER NOT NULL,
     first INTEGER NOT NULL DEFAULT 0, next INTEGER NOT NULL DEFAULT 0, UNIQUE (topic_id, number)
 ) STRICT;
 CREATE TABLE chunk (
-    id INTEGER PRIMARY KEY, base INTEGER NOT NULL, store_us INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL,
-    ids BLOB NOT NULL, keys BLOB NOT NULL, data BLOB NOT NULL
+    id INTEGER PRIMARY KEY, base INTEGER NOT NULL, store_us INTEGER NOT NULL, size INTEGER NOT NULL,
+    crc INTEGER NOT NULL, ids BLOB NOT NULL, keys BLOB NOT NULL, data BLOB NOT NULL
 ) STRICT;
 CREATE TABLE position (
     topic_id INTEGER NOT NULL REFERENCES topic (id), name TEXT NOT NULL, number INTEGER NOT NULL,
@@ -43,56 +41,6 @@ CREATE TABLE position (
 CREATE TABLE flush (id INTEGER PRIMARY KEY CHECK (id = 1), count INTEGER NOT NULL) STRICT;
 INSERT INTO flush VALUES (1, 0);
 """
-
-
-@dataclass(slots=True)
-class PartitionRow:
-    """One partition as stored."""
-
-    row: int
-    number: int
-    first: int
-    next: int
-    size: int
-    store_us: int
-    """Store time of its newest event; 0 without one."""
-
-
-ChunkRow = tuple[int, int, int, int, int, bytes, bytes, bytes]
-
-
-def chunk_row(row: int, chunk: Chunk) -> ChunkRow:
-    """Encode a chunk of the partition with this row number."""
-    events = chunk.events
-    ids = pack([e.id.encode() for e in events])
-    keys = pack([e.key.encode() for e in events])
-    data = pack([e.data for e in events])
-    crc = zlib.crc32(data, zlib.crc32(keys, zlib.crc32(ids)))
-    return (row << _OFFSET_BITS | chunk.last, chunk.base, events[0].store_us, chunk.size, crc, ids, keys, data)
-
-
-def log_error(error: Exception, *, retry_after_s: float) -> EsperError:
-    """What a failed statement means to a caller."""
-    code = getattr(error, "sqlite_errorcode", None)
-    # The primary code is the low byte. A file-size limit (EFBIG) and some full file systems show as a failed write.
-    if code is not None and (
-        code & 0xFF == sqlite3.SQLITE_FULL
-        or code in {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_TRUNCATE}
-    ):
-        return LimitExceeded(
-            "the log has no room: expected free space on its disk, or a larger oona.max_log_bytes; nothing was stored",
-            reason="LOG_FULL",
-            retry_after_s=retry_after_s,
-            private=str(error),
-        )
-    if code is not None and code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-        return Corrupt("the log's file is damaged", reason="LOG_CORRUPT", private=str(error))
-    return Unavailable(
-        "the log could not be written; nothing was stored",
-        reason="LOG_UNWRITABLE",
-        retry_after_s=retry_after_s,
-        private=f"{type(error).__name__}: {error}",
-    )
 
 
 class Database:
@@ -151,7 +99,7 @@ class Database:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise Corrupt(
-                f"the log's file has schema {version}: expected at most {SCHEMA_VERSION}; it was written by a newer build",
+                f"the log's file has schema {version}, of a newer build: expected at most {SCHEMA_VERSION}",
                 reason="LOG_TOO_NEW",
             )
         if version < SCHEMA_VERSION:
@@ -188,7 +136,7 @@ class Database:
         return loaded
 
     def _partition(self, row: int, number: int, first: int, following: int) -> PartitionRow:
-        low, high = _range(row)
+        low, high = key_range(row)
         size, begin, end = self.db.execute(
             "SELECT coalesce(sum(size), 0), min(id), max(id) FROM chunk WHERE id >= ? AND id < ?", (low, high)
         ).fetchone()
@@ -208,7 +156,8 @@ class Database:
             for s in specs:
                 created = int(s.create_time.timestamp() * 1e6)
                 topic_id = db.execute(
-                    "INSERT INTO topic (name, partitions, durability, max_attempts, retention_s, retention_bytes, create_us)"
+                    "INSERT INTO topic"
+                    " (name, partitions, durability, max_attempts, retention_s, retention_bytes, create_us)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (
                         s.name,
@@ -248,7 +197,7 @@ class Database:
 
     def read(self, row: int, offset: int, *, max_bytes: int) -> list[StoredEvent]:
         """Events of whole chunks, from the one that holds `offset` (or the next) on, until `max_bytes` are reached."""
-        low, high = _range(row)
+        low, high = key_range(row)
         found: list[StoredEvent] = []
         size = 0
         number = self.db.execute("SELECT number FROM partition WHERE id = ?", (row,)).fetchone()[0]
@@ -259,17 +208,17 @@ class Database:
         # Closed at once: a statement left open would hold the write-ahead log back from its checkpoint.
         with closing(rows):
             for record in rows:
-                found.extend(e for e in _events(number, *record[:6]) if e.offset >= offset)
+                found.extend(e for e in read_chunk(number, *record[:6]) if e.offset >= offset)
                 size += record[6]
                 if size >= max_bytes:
                     break
         return found
 
     def newest_ids(self, rows: Sequence[PartitionRow], most: int) -> list[tuple[str, tuple[int, int]]]:
-        """The newest ids of one topic with their (partition, offset), at least `most` where there are as many, oldest first."""
+        """The newest ids of one topic with their (partition, offset), oldest first; at least `most` if there are."""
         found: list[tuple[int, int, int, list[bytes]]] = []
         for partition in rows:
-            low, high = _range(partition.row)
+            low, high = key_range(partition.row)
             count = 0
             chunks = self.db.execute(
                 "SELECT base, store_us, ids FROM chunk WHERE id >= ? AND id < ? ORDER BY id DESC", (low, high)
@@ -294,7 +243,7 @@ class Database:
 
     def offset_at(self, row: int, store_us: int) -> int | None:
         """Offset of the first event stored at or after a time; None without one."""
-        low, high = _range(row)
+        low, high = key_range(row)
         found = self.db.execute(
             "SELECT base FROM chunk WHERE id >= ? AND id < ? AND store_us >= ? ORDER BY id LIMIT 1",
             (low, high, store_us),
@@ -316,7 +265,7 @@ class Database:
         Returns:
             (first offset kept, bytes kept, chunks removed), or None when nothing was removed.
         """
-        low, high = _range(row)
+        low, high = key_range(row)
         gone: list[int] = []
         left = size
         for key, store_us, chunk_size in self.db.execute(
@@ -363,7 +312,7 @@ class Database:
 
     def _set_sync(self, *, sync: bool) -> None:
         if self._full_sync is not sync:
-            # NORMAL in WAL mode: a commit is in the operating system's hands, and the disk sees it at the next FULL one.
+            # NORMAL in WAL mode: a commit is in the system's hands, and the disk sees it at the next FULL one.
             self.db.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
             self._full_sync = sync
 
@@ -398,28 +347,6 @@ class _Transaction:
         # A full disk makes SQLite roll back by itself; then there is nothing left to undo.
         if db.in_transaction:
             db.execute("ROLLBACK")
-
-
-def position_row(topic: str, group: str, number: int, position: GroupPosition) -> tuple[str, int, int, bytes, str]:
-    """One row for `Database.save_positions`."""
-    return (group, number, position.next, pack_pairs(position.pending), topic)
-
-
-def _range(row: int) -> tuple[int, int]:
-    return row << _OFFSET_BITS, (row + 1) << _OFFSET_BITS
-
-
-def _events(number: int, base: int, store_us: int, crc: int, ids: bytes, keys: bytes, data: bytes) -> list[StoredEvent]:
-    if zlib.crc32(data, zlib.crc32(keys, zlib.crc32(ids))) != crc:
-        raise Corrupt(
-            f"partition {number}: the events from offset {base} on are not those that were stored",
-            reason="LOG_CORRUPT",
-            metadata={"partition": str(number), "offset": str(base)},
-        )
-    return [
-        StoredEvent(number, base + place, name.decode(), key.decode(), event, store_us)
-        for place, (name, key, event) in enumerate(zip(unpack(ids), unpack(keys), unpack(data), strict=True))
-    ]
 
 
 def _no_room(finding: str) -> sqlite3.Error:

@@ -1,8 +1,8 @@
 """One consumer group: its members, who reads which partition, what is under way, and what becomes of failures.
 
-Partitions are shared out evenly and stickily: who has one keeps it unless fairness demands otherwise. A partition changes
-hands only when nothing of it is in flight with its old owner, so that an event is with one member at a time and a key's
-order survives the change.
+Partitions are shared out evenly and stickily: who has one keeps it unless fairness demands otherwise. A partition
+changes hands only when nothing of it is in flight with its old owner, so that an event is with one member at a time and
+a key's order survives the change.
 """
 
 from collections import deque

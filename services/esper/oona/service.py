@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Annotated
 
 import grpc.aio
-from prometheus_client.registry import Collector
 from pydantic import Field
 
 from esper.mesh.service import ANYONE_KNOWN, Service, ServiceContext, allow
@@ -109,7 +108,7 @@ class OonaService(Service):
             backoff_max_s=config.backoff_max_s,
         )
         self.broker = Broker(log, options, dead_letter=dead_letter, defaults=_defaults(config, context))
-        self.collectors: tuple[Collector, ...] = (BusMetrics(self.broker.counters, self.broker.group_readings),)
+        self.collectors = (BusMetrics(self.broker.counters, self.broker.group_readings),)
         self._servicer = OonaServicer(
             self.broker,
             context.drain,

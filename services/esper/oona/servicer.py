@@ -29,7 +29,7 @@ _DEFAULT_CREDIT = 256
 _DEFAULT_ACK_TIMEOUT_S = 30.0
 _DEFAULT_PAGE = 100
 _UNANSWERED = 64
-"""Batches of one stream that may await their answer; the stream is not read beyond it, so gRPC holds the client back."""
+"""Batches of one stream that may await their answer; it is not read beyond them, so gRPC holds the client back."""
 
 _Answer = tuple[int, "asyncio.Future[Appended]"]
 
@@ -102,8 +102,10 @@ class OonaServicer(oona_service_pb2_grpc.OonaServiceServicer):
         self._max_attempts = max_attempts
         self._clock = clock
 
-    async def CreateTopic(  # noqa: N802  # the contract's name
-        self, request: oona_service_pb2.CreateTopicRequest, context: Any
+    async def CreateTopic(  # the contract's name
+        self,
+        request: oona_service_pb2.CreateTopicRequest,
+        context: Any,  # gRPC passes it
     ) -> oona_service_pb2.CreateTopicResponse:
         """Make a topic."""
         spec = topic_from_proto(
@@ -111,14 +113,18 @@ class OonaServicer(oona_service_pb2_grpc.OonaServiceServicer):
         )
         return oona_service_pb2.CreateTopicResponse(topic=self._topic(await self._broker.create_topic(spec)))
 
-    async def GetTopic(  # noqa: N802  # the contract's name
-        self, request: oona_service_pb2.GetTopicRequest, context: Any
+    async def GetTopic(  # the contract's name
+        self,
+        request: oona_service_pb2.GetTopicRequest,
+        context: Any,  # gRPC passes it
     ) -> oona_service_pb2.GetTopicResponse:
         """Show a topic."""
         return oona_service_pb2.GetTopicResponse(topic=self._topic(self._broker.topic(request.name)))
 
-    async def ListTopics(  # noqa: N802  # the contract's name
-        self, request: oona_service_pb2.ListTopicsRequest, context: Any
+    async def ListTopics(  # the contract's name
+        self,
+        request: oona_service_pb2.ListTopicsRequest,
+        context: Any,  # gRPC passes it
     ) -> oona_service_pb2.ListTopicsResponse:
         """Show topics by name; a page token is the last name of the page before."""
         size = request.page_size or _DEFAULT_PAGE
@@ -129,8 +135,10 @@ class OonaServicer(oona_service_pb2_grpc.OonaServiceServicer):
             next_page_token=page[-1] if len(names) > size else "",
         )
 
-    async def Publish(  # noqa: N802  # the contract's name
-        self, request_iterator: AsyncIterator[oona_service_pb2.PublishRequest], context: Any
+    async def Publish(  # the contract's name
+        self,
+        request_iterator: AsyncIterator[oona_service_pb2.PublishRequest],
+        context: Any,  # gRPC passes it
     ) -> AsyncIterator[oona_service_pb2.PublishResponse]:
         """Store batches; answer in order."""
         answers = _Answers()
@@ -175,8 +183,10 @@ class OonaServicer(oona_service_pb2_grpc.OonaServiceServicer):
             return refused
         return self._broker.append(request.topic, [event_from_proto(event) for event in request.events])
 
-    async def Subscribe(  # noqa: N802  # the contract's name
-        self, request_iterator: AsyncIterator[oona_service_pb2.SubscribeRequest], context: Any
+    async def Subscribe(  # the contract's name
+        self,
+        request_iterator: AsyncIterator[oona_service_pb2.SubscribeRequest],
+        context: Any,  # gRPC passes it
     ) -> AsyncIterator[oona_service_pb2.SubscribeResponse]:
         """Deliver events."""
         requests = race_drain(request_iterator, self._drain)

@@ -1,8 +1,8 @@
 """The embedded log: group commit over one SQLite file.
 
-While one group of batches is on its way to the disk, the next one gathers; so a busy log commits large groups and an idle one
-commits at once. One thread owns the writing connection, a second one reads, a third one moves the write-ahead log into the
-file, off the commit path. The event loop stages groups (memory only) and never waits for SQLite.
+While one group of batches is on its way to the disk, the next one gathers; so a busy log commits large groups and an
+idle one commits at once. One thread owns the writing connection, a second one reads, a third one moves the write-ahead
+log into the file, off the commit path. The event loop stages groups (memory only) and never waits for SQLite.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from esper.mesh.errors import EsperError, LimitExceeded, Unavailable
 from esper.mesh.logging import get_logger
-from esper.oona.database import Database, PartitionRow, chunk_row, log_error, position_row
+from esper.oona.database import Database
 from esper.oona.records import (
     Appended,
     Durability,
@@ -30,6 +30,7 @@ from esper.oona.records import (
     TopicSpec,
     topic_missing,
 )
+from esper.oona.rows import PartitionRow, chunk_row, log_error, position_row
 from esper.oona.sequencer import Staged, TopicState, stage
 from esper.oona.tail import TailCache
 from esper.oona.window import IdWindow
@@ -253,7 +254,7 @@ class SqliteLog:
                 await self._commit(group)
             except EsperError as error:
                 _fail(group, error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # logged, and told to those concerned
                 # Whatever went wrong, the publishers of this group must hear of it and the next group gets its chance.
                 _log.exception("group not stored")
                 _fail(group, log_error(error, retry_after_s=self._options.full_retry_s))

@@ -1,8 +1,8 @@
 """The seam between the bus and whatever keeps its events: the embedded edition is `sqlite_log.SqliteLog`.
 
-Every edition promises: a batch is stored whole or not at all; an event that `tail` or `read` gives is as durable as its topic
-promises; offsets of a partition are consecutive from 0; ids are remembered for a window that the edition states; positions
-never run ahead of the events that they speak of.
+Every edition promises: a batch is stored whole or not at all; an event that `tail` or `read` gives is as durable as its
+topic promises; offsets of a partition are consecutive from 0; ids are remembered for a window that the edition states;
+positions never run ahead of the events that they speak of.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ class LogStore(Protocol):
     def append(self, topic: str, events: Sequence[NewEvent]) -> asyncio.Future[Appended]:
         """Accept a batch at once; the future ends when it is as durable as its topic promises.
 
-        Batches are stored in the order in which they are given. A batch of `low` events only is shed while much is waiting;
-        others are always accepted, so whoever appends awaits `room` before taking on more.
+        Batches are stored in the order in which they are given. A batch of `low` events only is shed while much is
+        waiting; others are always accepted, so whoever appends awaits `room` before taking on more.
 
         The future raises:
             LimitExceeded: LOG_FULL with a time to wait; SHED for a batch of low events that found no room.
