@@ -8,7 +8,14 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
 from esper.mesh import context
-from esper.mesh.channel import ChannelPool, idempotent_methods, open_channel, open_sync_channel, service_config
+from esper.mesh._calls import StatusKeeper
+from esper.mesh.channel import (
+    ChannelPool,
+    idempotent_methods,
+    open_channel,
+    open_sync_channel,
+    service_config,
+)
 from esper.mesh.errors import DeadlineMissed, InternalError, InvalidInput, Unavailable, from_rpc_error
 from esper.mesh.identity import Identity, Role
 from esper.mesh.service import Service, allow, is_long_stream
@@ -275,3 +282,27 @@ async def test_failures_of_other_services_are_told_apart(relay, capsys) -> None:
         assert kind is type(from_rpc_error(failed.value))
         assert "row 7" not in failed.value.details()
     assert "call to another service failed" in capsys.readouterr().err
+
+
+async def test_a_write_that_fails_without_any_status_does_not_hang() -> None:
+    """Where the core never delivers a status, gRPC's internal error ends the call after all."""
+
+    class Core:
+        text = ""
+
+        def done(self) -> bool:
+            return bool(self.text)
+
+        def set_internal_error(self, text: str) -> None:
+            self.text += text
+
+    core, answered = Core(), Core()
+    answered.text = "the server's own"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatusKeeper, "PATIENCE_S", 0.01)
+        for inner in (core, answered):
+            keeper = StatusKeeper(inner)
+            keeper.set_internal_error("execute_batch")
+            assert keeper.done() is (inner is answered)
+        await asyncio.sleep(0.05)
+    assert ("execute_batch", "the server's own") == (core.text, answered.text)
