@@ -1,0 +1,90 @@
+"""The documented policy: when, where, which, and what stays. Pure; every rule and number is told in docs/tamiyo.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from esper.kasmina.control import Action
+from esper.tamiyo.choice import blended, choose
+from esper.tamiyo.domain import Judgement, Proposal
+from esper.tamiyo.lifecycle import plan
+from esper.tamiyo.placement import candidates
+from esper.tamiyo.shield import germination_closed
+from esper.tamiyo.signals import trend_of
+
+if TYPE_CHECKING:
+    from esper.tamiyo.choice import Choice
+    from esper.tamiyo.domain import Situation
+    from esper.tamiyo.placement import Candidate
+
+__all__ = ["HeuristicPolicy"]
+
+_LOOKED_AT = 64  # sites asked for a kernel at one boundary: the best ones; keeps the decision within its 10 ms
+
+
+class HeuristicPolicy:
+    """Narrowest first, early, priced; implements `esper.tamiyo.domain.Policy`."""
+
+    name = "heuristic"
+    version = "1"
+
+    def decide(self, situation: Situation) -> Judgement:
+        """What should be done at this boundary."""
+        living = plan(situation)
+        options, closed = _options(situation)
+        prefetch = tuple(dict.fromkeys(choice.kernel.kernel_id for _, choice in options[: situation.rules.prefetch]))
+        said = _germinate(situation, options, closed)
+        if isinstance(said, Proposal):
+            grown = 0 if said.kernel is None else 1
+            notes = [*living.notes, f"{grown} germination proposed"]
+            return Judgement(proposals=(*living.proposals, said), explanation=_sentence(notes), prefetch=prefetch)
+        notes = [f"nothing germinates: {said}", *living.notes]
+        return Judgement(proposals=tuple(living.proposals), explanation=_sentence(notes), prefetch=prefetch)
+
+
+def _sentence(notes: list[str]) -> str:
+    return "; ".join(notes) + "."
+
+
+def _options(situation: Situation) -> tuple[list[tuple[Candidate, Choice]], str]:
+    """The best sites that have a kernel, and what keeps the others closed."""
+    found, closed = candidates(situation)
+    options: list[tuple[Candidate, Choice]] = []
+    wanted = max(1, situation.rules.prefetch)
+    for candidate in found[:_LOOKED_AT]:
+        choice = choose(situation, candidate.site)
+        if choice is not None:
+            options.append((candidate, choice))
+            if len(options) == wanted:
+                break
+    reasons = ", ".join(f"{count} {reason}" for reason, count in closed.items()) or "none closed"
+    return options, f"{len(found)} of {len(situation.sites)} sites open ({reasons})"
+
+
+def _germinate(situation: Situation, options: list[tuple[Candidate, Choice]], closed: str) -> Proposal | str:
+    """The one germination of this boundary, or why there is none."""
+    rules, boundary = situation.rules, situation.state.boundary
+    if boundary < rules.warmup_boundaries:
+        return f"boundary {boundary} of {rules.warmup_boundaries} of warm-up"
+    if reason := germination_closed(situation):
+        return reason
+    since = boundary - situation.memory.last_germination
+    if situation.memory.last_germination and since < rules.min_spacing_boundaries:
+        return f"{since} of {rules.min_spacing_boundaries} boundaries since the last germination"
+    if not options:
+        return f"no validated kernel fits an open site; {closed}, {len(situation.shelf.kernels)} kernels in the library"
+    candidate, choice = options[0]
+    trend = trend_of(situation.memory.losses, rules)
+    saturation = candidate.mark.saturation
+    saturated = saturation is not None and saturation >= rules.saturation_threshold
+    if not saturated and not trend.plateau:
+        return f"{trend}, and {candidate} is below {rules.saturation_threshold:.2f}"
+    left = situation.boundaries_left
+    remaining = "unknown schedule" if left is None else f"{left:.1f} boundaries left"
+    return Proposal(
+        seed=candidate.site.index,
+        action=Action.GERMINATE,
+        reason="SATURATED" if saturated else "PLATEAU",
+        explanation=f"{candidate}; {trend}; {choice}; {remaining}.",
+        kernel=blended(situation, choice.kernel),
+    )

@@ -1,0 +1,124 @@
+"""Where: sites in the order in which they should grow.
+
+Narrowest first, which nobody has beaten by much (regret 0.8 points; random 6.5), then lowest effective rank (1.7).
+Width counts what has grown already: a width of 4 with one seed around it ranks like 8. Among equals a branch around
+the narrow part comes first, because an adapter of fixed width cannot repair a width bottleneck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.kasmina.control import SiteKind, Stage
+from esper.tamiyo.memory import SiteMark
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from esper.kasmina.control import SiteDescriptor
+    from esper.tamiyo.domain import Situation
+
+__all__ = ["Candidate", "candidates", "order_of", "overlap"]
+
+_GRANULARITY = {"span": 0, "block": 1, "layer": 2}
+_OUTPUT_DEPTH = 0.999
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A site that may grow, and why it ranks where it does."""
+
+    site: SiteDescriptor
+    mark: SiteMark
+    grown: int
+    """Seeds that live, or were kept, at sites that overlap this one."""
+
+    @property
+    def width(self) -> int:
+        """Narrowest width, times one more than the seeds grown around it."""
+        return self.site.narrowest_width * (1 + self.grown)
+
+    def __str__(self) -> str:
+        rank = "not measured" if self.mark.effective_rank is None else f"{self.mark.effective_rank:.3g}"
+        full = "not measured" if self.mark.saturation is None else f"{self.mark.saturation:.2f}"
+        grown = f" ({self.grown} grown around it)" if self.grown else ""
+        return (
+            f"site {self.site.name} ({self.site.kind.value}): narrowest width {self.site.narrowest_width}{grown}, "
+            f"effective rank {rank}, saturation {full}"
+        )
+
+
+def order_of(site: SiteDescriptor, width: int, failures: int, rank: float | None) -> tuple[float, ...]:
+    """Sort key: smaller grows sooner. Known before anything is measured, too, with `rank` None."""
+    # The width of the model's output is the task's own: there is nothing to widen.
+    output = site.depth >= _OUTPUT_DEPTH and site.narrowest_width >= site.signature.out_features
+    return (
+        output,
+        width,
+        not repairs(site),
+        failures,
+        float("inf") if rank is None else rank,
+        site.kind is SiteKind.SERIES,
+        _GRANULARITY.get(site.granularity, len(_GRANULARITY)),
+        site.parameters,
+        site.index,
+    )
+
+
+def repairs(site: SiteDescriptor) -> bool:
+    """Whether a seed here would lead around a part that is narrower than what comes out."""
+    return site.kind is SiteKind.PARALLEL and site.narrowest_width < site.signature.out_features
+
+
+def candidates(situation: Situation) -> tuple[list[Candidate], dict[str, int]]:
+    """Sites that may grow now, best first, and how many may not, by reason."""
+    marks = situation.memory.marks()
+    rules, boundary = situation.rules, situation.state.boundary
+    held = [
+        situation.sites[seed.index]
+        for seed in situation.state.seeds
+        if Stage.GERMINATED <= seed.stage <= Stage.FOSSILIZED and seed.index in situation.sites
+    ]
+    depths = {site.name: site.depth for site in situation.hello.sites} if held else {}
+    found: list[Candidate] = []
+    closed = dict.fromkeys(("occupied", "embargoed", "given up", "not saturated"), 0)
+    for site in situation.hello.sites:
+        mark = marks.get(site.index, SiteMark(site.index))
+        if site.index in situation.seeds:
+            closed["occupied"] += 1
+        elif mark.closed_until > boundary:
+            closed["embargoed"] += 1
+        elif mark.failures >= rules.site_attempts:
+            closed["given up"] += 1
+        elif mark.saturation is not None and mark.saturation < rules.saturation_floor:
+            closed["not saturated"] += 1
+        else:
+            grown = sum(overlap(site, other, depths) for other in held)
+            found.append(Candidate(site, mark, grown))
+    found.sort(key=lambda c: order_of(c.site, c.width, c.mark.failures, c.mark.effective_rank))
+    return found, {reason: count for reason, count in closed.items() if count}
+
+
+def overlap(site: SiteDescriptor, other: SiteDescriptor, depths: Mapping[str, float]) -> bool:
+    """Whether two sites cover the same modules: by name, one inside the other, or between the ends of a span.
+
+    Args:
+        site: one site.
+        other: the other.
+        depths: depth of each site by its name, to tell what lies between the ends of a span.
+    """
+    mine, yours = site.name.split(".."), other.name.split("..")
+    if any(_related(a, b) for a in mine for b in yours):
+        return True
+    return _between(mine, other, depths) or _between(yours, site, depths)
+
+
+def _related(a: str, b: str) -> bool:
+    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _between(span: Sequence[str], site: SiteDescriptor, depths: Mapping[str, float]) -> bool:
+    if len(span) != 2 or span[0] not in depths or span[1] not in depths:
+        return False
+    return depths[span[0]] <= site.depth <= depths[span[1]]
