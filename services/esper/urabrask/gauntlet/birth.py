@@ -75,6 +75,9 @@ def born_living(subject: Subject) -> str:
 
 
 def _of_parameters(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, grad in gradients.items():
+        if not finite(grad):
+            raise Refuted(f"gradient of {name}: expected finite numbers, found NaN or infinity")
     return {name: grad for name, grad in gradients.items() if name != "x"}
 
 

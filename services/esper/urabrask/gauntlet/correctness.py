@@ -54,11 +54,8 @@ def gradients_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, T
     out = module(x)
     if not out.requires_grad:
         raise Refuted("expected an output that gradients can flow from, found one without (dead gradient)")
-    found = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(out, list(leaves.values()), cotangent, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def gradients_agree(subject: Subject) -> str:
