@@ -1,0 +1,224 @@
+"""Saves and restores a session: tensors and JSON types, no pickled code, exact.
+
+Order when a run is resumed: `Growth.load_state_dict` first, since it puts the seeds' modules into the model and their groups
+into the optimizer, then the model's, the optimizer's and the schedulers' own ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from esper.kasmina._lifecycle import load_failure
+from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
+from esper.kasmina.attach import Attachment
+from esper.kasmina.control import Counterfactual, Stage
+from esper.kasmina.layout import SeedLayout
+from esper.kasmina.seeds import execution
+from esper.kasmina.sites import Site, site_document, site_from_document
+from esper.kasmina.spikes import HostSnapshot
+from esper.mesh.errors import EsperError, InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from esper.kasmina.growth import Growth
+
+    Source = Mapping[str, KernelLike] | Callable[[str], KernelLike | None] | None
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+
+
+def save(growth: Growth) -> dict[str, Any]:
+    """The whole session."""
+    life = growth.life
+    for value in growth.losses.read(wait=True):
+        life.detector.update(value)
+    return {
+        "format": FORMAT,
+        "run_id": growth.run_id,
+        "step": growth.steps,
+        "boundary": growth.boundaries,
+        "seconds": growth.seconds,
+        "controller_state": growth.controller_state.hex(),
+        "counters": dict(growth.counters),
+        "losses": [growth.losses.total, growth.losses.count],
+        "sites": [site_document(site) for site in life.sites],
+        "layout": life.layout.document(),
+        "seeds": [_save_seed(growth, run) for run in life.runs.values()],
+        "groups": life.groups.document(),
+        "detector": life.detector.state_dict(),
+        "watched": list(life.watched),
+        "snapshot": None if life.snapshot is None else life.snapshot.state_dict(),
+        "health": None if growth.sampler is None else growth.sampler.document(),
+        "gradient_norm": growth.host_gradient_norm,
+        "records": growth.lineage(),
+    }
+
+
+def _save_seed(growth: Growth, run: SeedRun) -> dict[str, Any]:
+    seed = None if run.attachment is None else run.attachment.seed
+    measured = run.counterfactual
+    norm = growth.life.groups.gradient_norm(run.index)
+    return {
+        "seed": run.index,
+        "choice": choice_document(run.choice),
+        "germinated_boundary": run.germinated_boundary,
+        "record": next(i for i, record in enumerate(growth.records) if record is run.record),
+        "birth_finite": run.birth_finite,
+        "birth_gradient": run.birth_gradient,
+        "isolation_gain": run.isolation_gain,
+        "held_out": run.held_out,
+        "spikes": run.spikes,
+        "failure": run.failure,
+        "counterfactual": None if measured is None else asdict(measured),
+        "module": None if seed is None else {name: value.detach().clone() for name, value in seed.state_dict().items()},
+        "ratio": None if seed is None else seed.ratio,
+        "gradient_norm": norm,
+        "blend": None if run.blend is None else run.blend.state_dict(),
+        "isolation": None if run.isolation is None else run.isolation.state_dict(),
+    }
+
+
+def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mapping[int, int]) -> None:
+    """Bring a session to the state of `save`; what it had before is taken out of the model."""
+    if state.get("format") != FORMAT:
+        raise InvalidInput(f"growth state: expected format {FORMAT}, found {state.get('format')!r}")
+    sites = tuple(site_from_document(document) for document in state["sites"])
+    _check_sites(growth, sites)
+    # Kernels first: when one can not be had, the model has not been touched.
+    needed = {
+        entry["choice"]["kernel_id"]: sites[entry["seed"]] for entry in state["seeds"] if entry["module"] is not None
+    }
+    found = {kernel_id: _obtain(growth, kernel_id, site, kernels) for kernel_id, site in needed.items()}
+    locked = {**growth.locks(), **locks}
+    _clear(growth)
+    growth.run_id, growth.steps, growth.boundaries = state["run_id"], state["step"], state["boundary"]
+    growth.elapsed_s = state["seconds"]
+    growth.restart_clock(time.monotonic())
+    growth.controller_state = bytes.fromhex(state["controller_state"])
+    growth.counters.clear()
+    growth.counters.update(state["counters"])
+    growth.losses.total, growth.losses.count = state["losses"]
+    growth.records[:] = state["records"]
+    growth.host_gradient_norm = state["gradient_norm"]
+    if not sites:
+        growth.look(None)
+        return
+    life = growth.life
+    life.settle(sites, SeedLayout.from_document(state["layout"]))
+    for entry in state["seeds"]:
+        _load_seed(growth, entry, found)
+    _load_groups(growth, state)
+    life.detector.load_state_dict(state["detector"])
+    life.watched = list(state["watched"])
+    life.snapshot = None if state["snapshot"] is None else HostSnapshot.from_state_dict(state["snapshot"])
+    growth.begin()
+    assert growth.sampler is not None
+    if state["health"] is not None:
+        growth.sampler.restore(state["health"])
+    _lock(growth, locked)
+    for run in life.runs.values():
+        if life.stage(run.index) is Stage.LOADING:
+            growth.plane.request_kernel(run.choice.kernel_id, run.site.descriptor.signature)
+    growth.arm_sample()
+
+
+def _check_sites(growth: Growth, sites: tuple[Site, ...]) -> None:
+    names = {name for name, _ in growth.model.named_modules()}
+    missing = sorted({n for site in sites for n in (site.source, site.target) if n not in names})
+    if missing:
+        raise InvalidInput(
+            f"growth state: expected the model that it was taken from, found none of its modules {missing[:5]}"
+        )
+
+
+def _obtain(growth: Growth, kernel_id: str, site: Site, source: Source) -> KernelLike:
+    found = source(kernel_id) if callable(source) else (source or {}).get(kernel_id)
+    if found is not None:
+        return found
+    why = "it did not come in time"
+    deadline = time.monotonic() + growth.config.kernel_timeout_s
+    growth.plane.open(growth.hello())
+    growth.plane.request_kernel(kernel_id, site.descriptor.signature)
+    while growth.plane.plane is not None:
+        try:
+            kernel = growth.plane.kernel(kernel_id)
+        except EsperError as error:
+            why = load_failure(error)
+            break
+        if kernel is not None:
+            return kernel  # type: ignore[return-value]  # the plane's contract
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    raise NotFound(
+        f"kernel {kernel_id}, in use at {site.descriptor.name}: expected it from the given kernels or the mesh: {why}",
+        reason="KERNEL_NOT_FOUND",
+        metadata={"kernel_id": kernel_id},
+    )
+
+
+def _clear(growth: Growth) -> None:
+    life = growth.life
+    for run in life.runs.values():
+        life.take_out(run)
+    life.runs.clear()
+    life.unwatch(-1)
+    growth.reset_watch()
+
+
+def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, KernelLike]) -> None:
+    life, measured = growth.life, entry["counterfactual"]
+    run = SeedRun(
+        life.sites[entry["seed"]],
+        choice_from_document(entry["choice"]),
+        entry["germinated_boundary"],
+        growth.records[entry["record"]],
+        birth_finite=entry["birth_finite"],
+        birth_gradient=entry["birth_gradient"],
+        isolation_gain=entry["isolation_gain"],
+        held_out=entry["held_out"],
+        spikes=entry["spikes"],
+        failure=entry["failure"],
+        counterfactual=None if measured is None else Counterfactual(**measured),
+    )
+    life.runs[run.index] = run
+    if entry["module"] is None:
+        return
+    run.kernel = kernels[run.choice.kernel_id]
+    seed = life.build(run)
+    seed.load_state_dict(entry["module"])
+    seed.ratio = entry["ratio"]
+    seed.mode = execution(life.stage(run.index))
+    run.attachment = Attachment.attach(life.model, run.site, seed)
+    if entry["isolation"] is not None:
+        run.isolation = life.trainer(seed)
+        run.isolation.load_state_dict(entry["isolation"])
+    if entry["blend"] is not None:
+        seed.measuring = True
+        run.blend = life.blend(run)
+        run.blend.load_state_dict(entry["blend"])
+
+
+def _load_groups(growth: Growth, state: Mapping[str, Any]) -> None:
+    life = growth.life
+    norms = {entry["seed"]: entry["gradient_norm"] for entry in state["seeds"]}
+    for document in state["groups"]:
+        run = life.runs[document["seed"]]
+        life.join(run)
+        life.groups.restore(document, norms[run.index])
+        if run.blend is not None and run.attachment is not None:
+            life.groups.compensate(run.index, run.attachment.seed.alpha)
+
+
+def _lock(growth: Growth, locked: Mapping[int, int]) -> None:
+    """Locks outlive the checkpoint: a seed that was rolled back since is not DORMANT again by going back."""
+    life = growth.life
+    for seed, boundaries in locked.items():
+        if not 0 <= seed < len(life.layout) or life.stage(seed) in {Stage.ROLLED_BACK, Stage.FOSSILIZED}:
+            continue
+        life.lock(seed, boundaries)

@@ -1,0 +1,198 @@
+"""Applies decisions: each is judged, passes the gates on its way or is refused with reasons, and never raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.kasmina import seeds
+from esper.kasmina._lifecycle import load_failure
+from esper.kasmina._seed import KernelLike, SeedRun
+from esper.kasmina.control import Action, Decision, Stage
+from esper.kasmina.seeds import Reason
+from esper.mesh.errors import EsperError
+from esper.mesh.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from esper.kasmina._lifecycle import Lifecycle
+    from esper.kasmina._plane import GuardedPlane
+
+__all__ = ["Applied", "Decider"]
+
+_log = get_logger("esper.kasmina.growth")
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of a decision."""
+
+    decision: Decision
+    stage: Stage
+    """Where the seed stands afterwards."""
+    refused: tuple[Reason, ...]
+    """Why it was not carried out, or not to its end; empty where it was."""
+
+    @property
+    def done(self) -> bool:
+        """True where it was carried out in full."""
+        return not self.refused
+
+
+class Decider:
+    """Carries decisions out on a lifecycle.
+
+    Args:
+        life: the seeds.
+        plane: where kernels come from.
+        record: makes the lineage entry of a new life.
+        measure: measures the counterfactual of one seed, where held-out data can be evaluated.
+    """
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        plane: GuardedPlane,
+        *,
+        record: Callable[[Decision], dict[str, object]],
+        measure: Callable[[SeedRun], None],
+    ) -> None:
+        self._life = life
+        self._plane = plane
+        self._record = record
+        self._measure = measure
+
+    def apply(self, decision: object, boundary: int) -> Applied | None:
+        """Carry out one decision; None where it is not even a decision."""
+        if not isinstance(decision, Decision):
+            _log.warning("decision refused", found=type(decision).__name__)
+            return None
+        reasons = self._malformed(decision, boundary)
+        if not reasons:
+            try:
+                reasons = self._act(decision)
+            except Exception as error:  # noqa: BLE001  # a wrong decision, or a kernel that fails here, must not stop training
+                reasons = [Reason("OTHER", load_failure(error))]
+                self._give_up(decision.seed, reasons[0].text)
+        known = isinstance(decision.seed, int) and 0 <= decision.seed < len(self._life.layout)
+        stage = self._life.stage(decision.seed) if known else Stage.DORMANT
+        return Applied(decision, stage, tuple(reasons))
+
+    def _malformed(self, decision: Decision, boundary: int) -> list[Reason]:
+        count = len(self._life.sites)
+        text = ""
+        if decision.boundary != boundary:
+            text = f"decision {decision.decision_id}: expected boundary {boundary}, found {decision.boundary}"
+        elif not isinstance(decision.seed, int) or not 0 <= decision.seed < count:
+            text = f"decision {decision.decision_id}: expected a seed from 0 to {count - 1}, found {decision.seed}"
+        return [Reason("OTHER", text)] if text else []
+
+    def _give_up(self, seed: int, why: str) -> None:
+        """Something broke in the middle of a seed's transition: take the seed out, leave the host as it was."""
+        run = self._life.runs.get(seed)
+        if run is None:
+            return
+        run.failure = why
+        stage = self._life.stage(seed)
+        if seeds.lawful(stage, Stage.CANCELLED):
+            self._life.cancel(run, why)
+        elif seeds.lawful(stage, Stage.CULLED):
+            self._life.cull(run, why, self._life.config.embargo_boundaries)
+
+    def _act(self, decision: Decision) -> list[Reason]:
+        life, seed = self._life, decision.seed
+        action = Action(decision.action)
+        if action is Action.GERMINATE:
+            return self._germinate(decision)
+        run = life.runs.get(seed)
+        if run is None:
+            return [Reason("OTHER", f"seed {seed}: expected a living seed for {action.value}, found DORMANT")]
+        run.record["decisions"].append(_decision_document(decision))
+        if action is Action.ADVANCE:
+            return self._advance(run, decision.to_stage)
+        if action is Action.CULL:
+            life.cull(run, f"{decision.reason}: {decision.explanation}", decision.embargo_boundaries)
+            return []
+        if action is Action.CANCEL:
+            life.cancel(run, f"{decision.reason}: {decision.explanation}")
+            return []
+        return self._reopen(run, action, decision)
+
+    def _reopen(self, run: SeedRun, action: Action, decision: Decision) -> list[Reason]:
+        layout, seed = self._life.layout, run.index
+        wanted = Stage.EMBARGOED if action is Action.RELEASE else Stage.ROLLED_BACK
+        stage = layout.stage_of(seed)
+        if stage is not wanted:
+            return [Reason("OTHER", f"seed {seed}: expected {wanted.name} for {action.value}, found {stage.name}")]
+        passed, closed = int(layout.boundaries_in_stage[seed]), int(layout.closed_boundaries[seed])
+        operator = action is Action.UNLOCK and decision.reason.startswith("OPERATOR")
+        if passed < closed and not operator:
+            return [Reason("TOO_SOON", f"seed {seed}: expected {closed} boundaries closed, found {passed}")]
+        return self._life.release(seed) if action is Action.RELEASE else self._life.unlock(seed)
+
+    def _germinate(self, decision: Decision) -> list[Reason]:
+        life, choice = self._life, decision.kernel
+        stage = life.stage(decision.seed)
+        if stage is not Stage.DORMANT:
+            return [Reason("OTHER", f"seed {decision.seed}: expected DORMANT for germinate, found {stage.name}")]
+        if choice is None:
+            return [Reason("OTHER", f"decision {decision.decision_id}: expected a kernel to germinate, found none")]
+        reasons = life.sanity(choice)
+        if reasons:
+            return reasons
+        site = life.sites[decision.seed]
+        run = SeedRun(site, choice, decision.boundary, self._record(decision))
+        run.record["decisions"].append(_decision_document(decision))
+        life.germinate(run)
+        self._plane.request_kernel(choice.kernel_id, site.descriptor.signature)
+        self.poll(run)
+        return [] if decision.to_stage is None else self._advance(run, decision.to_stage)
+
+    def poll(self, run: SeedRun) -> None:
+        """Look for the kernel of a LOADING seed; a refused or unfit one cancels it."""
+        if run.kernel is not None or self._life.stage(run.index) is not Stage.LOADING:
+            return
+        try:
+            found = self._plane.kernel(run.choice.kernel_id)
+        except EsperError as error:
+            run.failure = load_failure(error)
+            self._life.cancel(run, run.failure)
+            return
+        if found is None:
+            return
+        kernel: KernelLike = found  # type: ignore[assignment]  # the plane's contract; a liar is caught below
+        try:
+            reasons = self._life.kernel_unfit(run, kernel)
+        except (AttributeError, TypeError) as error:
+            reasons = [Reason("OTHER", f"expected a kernel, found {type(found).__name__}: {error}")]
+        if reasons:
+            run.failure = "; ".join(map(str, reasons))
+            self._life.cancel(run, run.failure)
+        else:
+            run.kernel = kernel
+
+    def _advance(self, run: SeedRun, target: Stage | None) -> list[Reason]:
+        life = self._life
+        if target is None:
+            return [Reason("OTHER", f"seed {run.index}: expected a stage to advance to, found none")]
+        self.poll(run)
+        for stage in seeds.forward_path(life.stage(run.index), Stage(target)):
+            reasons = life.gate(run, stage)
+            if reasons:
+                return reasons
+            life.advance(run, stage)
+            if stage is Stage.EVALUATING:
+                self._measure(run)
+        return []
+
+
+def _decision_document(decision: Decision) -> dict[str, object]:
+    return {
+        "decision_id": decision.decision_id,
+        "boundary": decision.boundary,
+        "action": str(decision.action),
+        "to_stage": None if decision.to_stage is None else Stage(decision.to_stage).name,
+        "reason": decision.reason,
+        "explanation": decision.explanation,
+    }

@@ -1,0 +1,436 @@
+"""Carries seeds through their lives: asks the gates, attaches and detaches, gives and takes optimizer groups.
+
+All that touches the host goes through here, so every way out (cull, cancel, rollback) undoes the same things in one place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from esper.kasmina import seeds
+from esper.kasmina._seed import KernelLike, SeedRun
+from esper.kasmina.attach import Attachment, SeedModule
+from esper.kasmina.blending import Blend, Signals, resolve
+from esper.kasmina.control import Outcome, Stage
+from esper.kasmina.isolation import IsolationTrainer, birth_check
+from esper.kasmina.layout import SeedLayout
+from esper.kasmina.newborn import NewbornGroups
+from esper.kasmina.seeds import Reason
+from esper.kasmina.spikes import HostSnapshot, SpikeDetector
+from esper.mesh.errors import Conflict, EsperError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from esper.kasmina.config import Config
+    from esper.kasmina.control import KernelChoice
+    from esper.kasmina.sites import Site
+
+__all__ = ["Lifecycle"]
+
+_BIRTH_BATCH = 4
+
+
+class Lifecycle:
+    """The seeds of one host.
+
+    Args:
+        model: the host.
+        optimizer: the host's.
+        config: options.
+        on_transition: told (seed, from, to) after every transition.
+        on_end: told (run, outcome, reason) when a life ends.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: Config,
+        *,
+        on_transition: Callable[[SeedRun, Stage, Stage], None],
+        on_end: Callable[[SeedRun, Outcome, str], None],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.sites: tuple[Site, ...] = ()
+        self.layout = SeedLayout(0)
+        self.runs: dict[int, SeedRun] = {}
+        """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
+        self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
+        self.detector = SpikeDetector(threshold=config.spike_threshold, patience=config.spike_patience)
+        self.snapshot: HostSnapshot | None = None
+        self.watched: list[int] = []
+        """Seeds whose graft the armed detector watches."""
+        host = sum(p.numel() for p in model.parameters())
+        self.host_parameters = host
+        self.budget = host if config.parameter_budget is None else config.parameter_budget
+        self._statistics = any(
+            isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules()
+        )  # noqa: SLF001  # no public base
+        self._on_transition = on_transition
+        self._on_end = on_end
+
+    def settle(self, sites: tuple[Site, ...], layout: SeedLayout | None = None) -> None:
+        """Take over the sites that were found."""
+        self.sites = sites
+        self.layout = layout or SeedLayout(len(sites))
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters of living and fossilized seeds."""
+        return sum(run.parameters for run in self.runs.values() if run.attachment is not None)
+
+    def stage(self, seed: int) -> Stage:
+        """Stage of one seed."""
+        return self.layout.stage_of(seed)
+
+    @property
+    def fossilized(self) -> frozenset[int]:
+        """Seeds that are the host's own."""
+        return frozenset(int(seed) for seed in self.layout.at(Stage.FOSSILIZED))
+
+    def _enter(self, run: SeedRun, to: Stage) -> None:
+        before = self.stage(run.index)
+        self.layout.transition(run.index, to)
+        self._on_transition(run, before, to)
+
+    # ---- gates -------------------------------------------------------------------------------------------------------
+
+    def sanity(self, choice: KernelChoice) -> list[Reason]:
+        """G0 before GERMINATED: what can be known without the kernel."""
+        unfit = tuple(text for text in (self.groups.unfit(),) if text)
+        facts = seeds.SanityFacts(
+            kernel_named=bool(choice.kernel_id),
+            # The cache loads none but validated kernels: whether this one is shows when it is here.
+            validated=True,
+            unfit=unfit,
+            parameters_left=self.budget - self.parameters_added,
+            kernel_parameters=None,
+            living=self.layout.living,
+            max_living=self.config.max_active_seeds,
+        )
+        return seeds.g0_sanity(facts)
+
+    def kernel_unfit(self, run: SeedRun, kernel: KernelLike) -> list[Reason]:
+        """The part of G0 that needs the kernel itself."""
+        manifest, wanted = kernel.manifest, run.site.descriptor
+        unfit = []
+        if manifest.signature != wanted.signature:
+            unfit.append(f"kernel: expected signature {wanted.signature}, found {manifest.signature}")
+        if wanted.causal and not manifest.causal:
+            unfit.append("kernel: expected a causal one, found one whose positions see later ones")
+        facts = seeds.SanityFacts(
+            kernel_named=True,
+            validated=True,
+            unfit=tuple(unfit),
+            parameters_left=self.budget - self.parameters_added,
+            kernel_parameters=manifest.parameter_count,
+            living=self.layout.living - 1,
+            max_living=self.config.max_active_seeds,
+        )
+        return seeds.g0_sanity(facts)
+
+    def gate(self, run: SeedRun, to: Stage) -> list[Reason]:
+        """Why `run` may not enter `to` now; empty where it may."""
+        if to is Stage.TRAINING:
+            return [] if run.kernel is not None else [Reason("KERNEL_PENDING", "the kernel is not loaded yet")]
+        if to is Stage.GRAFTING:
+            return seeds.g1_learning(self._learning(run))
+        if to is Stage.STABILIZING:
+            return seeds.g2_stability(self._graft(run))
+        if to is Stage.EVALUATING:
+            return seeds.g3_interface(self._interface(run))
+        if to is Stage.FOSSILIZED:
+            return seeds.g4_impact(self._impact(run))
+        return []
+
+    def _learning(self, run: SeedRun) -> seeds.LearningFacts:
+        finite, norm = run.birth_finite, run.birth_gradient
+        if run.isolation is not None:
+            run.isolation_gain, run.held_out, norm = run.isolation.measure()
+            finite = finite and run.isolation.finite
+        return seeds.LearningFacts(
+            finite=finite and not run.failure,
+            gradient_norm=norm,
+            gradient_limit=self.config.gradient_limit,
+            needs_isolation=run.isolation is not None,
+            isolation_gain=run.isolation_gain,
+            held_out=run.held_out,
+            min_held_out=self.config.isolation_min_held_out,
+        )
+
+    def _graft(self, run: SeedRun) -> seeds.GraftFacts:
+        assert run.attachment is not None
+        assert run.blend is not None
+        ratio = run.attachment.seed.ratio
+        return seeds.GraftFacts(
+            ramp_complete=run.blend.complete,
+            steps=int(self.layout.steps_in_stage[run.index]),
+            min_steps=self.config.min_graft_steps,
+            spikes=run.spikes,
+            drift=None if ratio is None else float(ratio),
+            drift_limit=self.config.drift_limit,
+        )
+
+    def _interface(self, run: SeedRun) -> seeds.InterfaceFacts:
+        now = _shapes(run.module)
+        return seeds.InterfaceFacts(
+            groups_per_parameter=self.groups.memberships(run.module.parameters()),
+            changed=tuple(name for name, form in run.shapes.items() if now.get(name) != form),
+            steps=int(self.layout.steps_in_stage[run.index]),
+            settle_steps=self.config.settle_steps if self._statistics else 0,
+        )
+
+    def _impact(self, run: SeedRun) -> seeds.ImpactFacts:
+        config = self.config
+        price = config.price_per_million_parameters * run.parameters / 1e6 + config.price_per_gigaflop * run.flops / 1e9
+        return seeds.ImpactFacts(
+            counterfactual=run.counterfactual,
+            price=price,
+            boundaries=int(self.layout.boundaries_in_stage[run.index]),
+            min_boundaries=config.probation_boundaries,
+            steps=int(self.layout.steps_in_stage[run.index]),
+            min_steps=config.probation_steps,
+        )
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def germinate(self, run: SeedRun) -> None:
+        """DORMANT to GERMINATED to LOADING; G0 was asked before."""
+        self.runs[run.index] = run
+        self._enter(run, Stage.GERMINATED)
+        self._enter(run, Stage.LOADING)
+
+    def advance(self, run: SeedRun, to: Stage) -> None:
+        """Enter the next stage; its gate was asked before."""
+        {
+            Stage.TRAINING: self._train,
+            Stage.GRAFTING: self._graft_now,
+            Stage.STABILIZING: self._stabilize,
+            Stage.FINE_TUNING: self._fine_tune,
+            Stage.FOSSILIZED: self._fossilize,
+        }.get(to, lambda _run: None)(run)
+        self._enter(run, to)
+        if run.attachment is not None:
+            run.attachment.seed.mode = seeds.execution(to)
+        if to is Stage.FOSSILIZED:
+            self._on_end(run, Outcome.FOSSILIZED, "")
+
+    def build(self, run: SeedRun) -> SeedModule:
+        """Instantiate the kernel for its site: parameters on the device of the site."""
+        assert run.kernel is not None
+        target = self.model.get_submodule(run.site.target)
+        device = next((t.device for t in (*target.parameters(), *self.model.parameters())), torch.device("cpu"))
+        delta = run.kernel.instantiate(device)
+        manifest = run.kernel.manifest
+        run.birth = str(getattr(manifest.birth, "value", manifest.birth))
+        run.parameters = sum(p.numel() for p in delta.parameters())
+        run.flops = float(manifest.flops_per_position * torch.Size(run.site.extent or (1,)).numel())
+        run.shapes = _shapes(delta)
+        return SeedModule(delta, run.site)
+
+    def _train(self, run: SeedRun) -> None:
+        seed = self.build(run)
+        signature, extent = run.site.descriptor.signature, list(run.site.extent)
+        shape = [_BIRTH_BATCH, *extent]
+        shape.insert(signature.layout.feature_dim, signature.in_features)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+            seed.alpha.device, getattr(torch, signature.dtype)
+        )
+        run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
+        if run.birth == "zero" and not silent:
+            raise Conflict(
+                f"kernel {run.choice.kernel_id}: expected zero output at birth, found another", reason="BIRTH"
+            )
+        if run.birth != "zero":
+            run.isolation = self.trainer(seed)
+        run.attachment = Attachment.attach(self.model, run.site, seed)
+
+    def trainer(self, seed: SeedModule) -> IsolationTrainer:
+        """The private training of a seed."""
+        config = self.config
+        return IsolationTrainer(seed.delta, learning_rate=config.isolation_learning_rate, trust=config.isolation_trust)
+
+    def _graft_now(self, run: SeedRun) -> None:
+        assert run.attachment is not None
+        if not self.detector.armed or not self.watched:
+            self.snapshot = HostSnapshot.take(self.model, self.optimizer, max_bytes=self.config.snapshot_max_bytes)
+        self.join(run)
+        run.isolation = None
+        run.attachment.seed.capture = None
+        run.attachment.seed.measuring = True
+        run.blend = self.blend(run)
+        run.blend.start()
+        self.groups.compensate(run.index, run.attachment.seed.alpha)
+        self.watched.append(run.index)
+        self.detector.arm(self.config.watch_steps)
+
+    def join(self, run: SeedRun) -> None:
+        """Add the newborn's optimizer group."""
+        site = self.model.get_submodule(run.site.target).parameters()
+        self.groups.add(run.index, list(run.module.named_parameters()), site, run.choice.learning_rate_scale)
+
+    def blend(self, run: SeedRun) -> Blend:
+        """The strategy that drives the seed's alpha."""
+        assert run.attachment is not None
+        strategy = resolve(run.choice.blend, run.birth)
+        return Blend(strategy, run.choice.blend_steps, run.attachment.seed.alpha)
+
+    def _stabilize(self, run: SeedRun) -> None:
+        assert run.attachment is not None
+        run.attachment.seed.alpha.fill_(1.0)
+        run.attachment.seed.measuring = False
+        self.groups.compensate(run.index, None)
+        run.blend = None
+        self.groups.freeze(run.index, frozen=True)
+
+    def _fine_tune(self, run: SeedRun) -> None:
+        self.groups.freeze(run.index, frozen=False)
+
+    def _fossilize(self, run: SeedRun) -> None:
+        self.groups.merge(run.index)
+        self.unwatch(run.index)
+
+    # ---- ways out ----------------------------------------------------------------------------------------------------
+
+    def cull(self, run: SeedRun, reason: str, embargo: int) -> None:
+        """Take the seed out of the host and close its site for `embargo` boundaries."""
+        self._enter(run, Stage.CULLED)
+        self._remove(run)
+        self._enter(run, Stage.EMBARGOED)
+        self.layout.closed_boundaries[run.index] = embargo
+        self._on_end(run, Outcome.CULLED, reason)
+
+    def cancel(self, run: SeedRun, reason: str) -> None:
+        """Drop a seed that never touched the host; it is DORMANT after `release`."""
+        self._enter(run, Stage.CANCELLED)
+        self._remove(run)
+        self._on_end(run, Outcome.CANCELLED, reason)
+
+    def release(self, seed: int) -> list[Reason]:
+        """Through RESETTING and G5 to DORMANT; reasons where G5 does not open."""
+        run = self.runs[seed]
+        if self.stage(seed) is not Stage.RESETTING:
+            self._enter(run, Stage.RESETTING)
+        return self._to_dormant(run)
+
+    def unlock(self, seed: int) -> list[Reason]:
+        """From ROLLED_BACK through G5 to DORMANT."""
+        return self._to_dormant(self.runs[seed])
+
+    def _to_dormant(self, run: SeedRun) -> list[Reason]:
+        reasons = seeds.g5_reset(self.leftovers(run))
+        if not reasons:
+            self._enter(run, Stage.DORMANT)
+            self.layout.closed_boundaries[run.index] = 0
+            del self.runs[run.index]
+        return reasons
+
+    def leftovers(self, run: SeedRun) -> seeds.ResetFacts:
+        """What is still there of a seed."""
+        from esper.kasmina.attach import child_name
+        from esper.kasmina.newborn import MARK
+
+        name = child_name(run.index)
+        return seeds.ResetFacts(
+            parameters=sum(name in path.split(".") for path, _ in self.model.named_parameters()),
+            optimizer_entries=sum(group.get(MARK) == run.index for group in self.optimizer.param_groups),
+            hooks=0 if run.attachment is None else len(run.attachment.handles),
+            cache_entries=sum(part is not None for part in (run.attachment, run.isolation, run.blend, run.kernel)),
+        )
+
+    def roll_back(self, why: str) -> tuple[list[SeedRun], bool]:
+        """Take out every watched newborn and restore the snapshot; returns them, and whether the host was restored."""
+        blamed = [self.runs[seed] for seed in self.watched if seed in self.runs]
+        restored, snapshot = self.snapshot is not None, self.snapshot
+        for run in blamed:
+            run.failure, run.spikes = why, run.spikes + 1
+            if restored:
+                self._enter(run, Stage.ROLLED_BACK)
+                self._remove(run)
+                self.layout.closed_boundaries[run.index] = self.config.lock_boundaries
+                self._on_end(run, Outcome.ROLLED_BACK, why)
+            else:
+                self.cull(run, why, self.config.embargo_boundaries)
+        if snapshot is not None:
+            snapshot.restore(self.model, self.optimizer)
+        self.watched.clear()
+        self.unwatch(-1)
+        return blamed, restored
+
+    def unwatch(self, seed: int) -> None:
+        """Stop watching a graft; without any left, disarm and let the snapshot go."""
+        self.watched = [other for other in self.watched if other != seed]
+        if not self.watched:
+            self.detector.disarm()
+            self.snapshot = None
+
+    def lock(self, seed: int, boundaries: int) -> None:
+        """ROLLED_BACK for a seed that was rolled back after the checkpoint to which the run went back."""
+        run = self.runs.get(seed)
+        if run is not None:
+            self._remove(run)
+        self.layout.transition(seed, Stage.ROLLED_BACK)
+        self.layout.closed_boundaries[seed] = boundaries
+
+    def take_out(self, run: SeedRun) -> None:
+        """Undo all that a seed is to host and optimizer, whatever its stage; fossilized ones too."""
+        self.groups.remove(run.index)
+        if run.attachment is not None:
+            run.attachment.detach()
+        run.attachment = run.isolation = run.blend = run.kernel = None
+
+    def _remove(self, run: SeedRun) -> None:
+        self.take_out(run)
+        self.layout.alpha[run.index] = 0.0
+        if run.index in self.watched:
+            self.unwatch(run.index)
+
+    # ---- every step --------------------------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | None) -> None:
+        """After an optimizer step: advance ramps, train in isolation."""
+        for run in self.runs.values():
+            if run.attachment is None:
+                continue
+            seed = run.attachment.seed
+            if run.isolation is not None and seed.capture is not None:
+                capture, seed.capture = seed.capture, None
+                run.isolation.step(capture)
+            elif run.blend is not None:
+                run.blend.step(self._signals(run, loss))
+
+    def _signals(self, run: SeedRun, loss: Tensor | None) -> Signals:
+        assert run.attachment is not None
+        assert run.blend is not None
+        newborn = host = None
+        if run.blend.needs_host_gradient:
+            norm = self.groups.gradient_norm(run.index)
+            newborn = None if norm is None else norm / max(1, run.parameters) ** 0.5
+            host = _rms_gradient([p for name, p in self.model.named_parameters() if "esper_seed_" not in name])
+        return Signals(loss=loss, drift=run.attachment.seed.ratio, newborn_gradient=newborn, host_gradient=host)
+
+
+def _rms_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm / sum(g.numel() for g in gradients) ** 0.5
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()}
+
+
+def load_failure(error: Exception) -> str:
+    """One sentence of why a kernel could not be had."""
+    return error.public if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,57 @@
+"""Reads the training loss without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["LossReader"]
+
+
+class LossReader:
+    """Gives back each loss once its copy on the host is there: at once on a CPU, some steps later on a device."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._ready: deque[float] = deque()
+        self.total = 0.0
+        """Sum of what was read since `mean` was last taken."""
+        self.count = 0
+
+    def push(self, loss: Tensor | float) -> None:
+        """Take the loss of one step."""
+        if isinstance(loss, Tensor) and loss.device.type == "cuda":
+            copy = loss.detach().float().mean().to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((copy, event))
+        else:
+            self._ready.append(float(loss.detach().float().mean() if isinstance(loss, Tensor) else loss))
+
+    def read(self, *, wait: bool = False) -> Iterator[float]:
+        """The losses whose copies have arrived, in order.
+
+        Args:
+            wait: for all of them; at boundaries.
+        """
+        while self._pending and (wait or self._pending[0][1].query()):
+            copy, event = self._pending.popleft()
+            event.synchronize()
+            self._ready.append(float(copy))
+        while self._ready:
+            loss = self._ready.popleft()
+            self.total += loss
+            self.count += 1
+            yield loss
+
+    def mean(self) -> float | None:
+        """Mean of what was read since the last call; None where nothing was."""
+        result = self.total / self.count if self.count else None
+        self.total, self.count = 0.0, 0
+        return result

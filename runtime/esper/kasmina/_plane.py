@@ -1,0 +1,86 @@
+"""The control plane as the training thread may use it: nothing that it does, or fails to do, raises here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from esper.mesh.errors import EsperError
+from esper.mesh.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from esper.kasmina.control import Advice, BoundaryState, ControlPlane, FieldReport, HealthColumns, RunHello
+    from esper.kasmina.signature import Signature
+
+__all__ = ["GuardedPlane"]
+
+_log = get_logger("esper.kasmina.growth")
+
+
+class GuardedPlane:
+    """Wraps a plane, or none: exceptions are logged, counted under ``plane_<method>``, and answered like silence.
+
+    Args:
+        plane: None answers nothing to everything.
+        counters: shared with the session.
+    """
+
+    def __init__(self, plane: ControlPlane | None, counters: Counter[str]) -> None:
+        self.plane = plane
+        self._counters = counters
+
+    def _try(self, name: str, call: Callable[[ControlPlane], object]) -> object | None:
+        if self.plane is None:
+            return None
+        try:
+            return call(self.plane)
+        except Exception as error:  # noqa: BLE001  # whatever a controller does wrong must not stop training
+            self._counters[f"plane_{name}"] += 1
+            _log.warning("control plane failed", call=name, error=f"{type(error).__name__}: {error}")
+            return None
+
+    def open(self, hello: RunHello) -> None:
+        """Announce the run."""
+        self._try("open", lambda plane: plane.open(hello))
+
+    def advise(self, state: BoundaryState, deadline_s: float) -> Advice | None:
+        """The answer, or None."""
+        return self._try("advise", lambda plane: plane.advise(state, deadline_s))  # type: ignore[return-value]  # judged by the caller field by field
+
+    def request_kernel(self, kernel_id: str, signature: Signature) -> None:
+        """Begin to fetch."""
+        self._try("request_kernel", lambda plane: plane.request_kernel(kernel_id, signature))
+
+    def kernel(self, kernel_id: str) -> object | None:
+        """The kernel, or None while it is on its way.
+
+        Raises:
+            EsperError: it was refused: this is an answer, and the caller takes the seed out.
+        """
+        if self.plane is None:
+            return None
+        try:
+            return self.plane.kernel(kernel_id)
+        except EsperError:
+            raise
+        except Exception as error:
+            self._counters["plane_kernel"] += 1
+            raise EsperError(f"kernel {kernel_id}: {type(error).__name__}: {error}") from error
+
+    def publish_health(self, columns: HealthColumns) -> None:
+        """Hand telemetry over."""
+        self._try("publish_health", lambda plane: plane.publish_health(columns))
+
+    def report(self, report: FieldReport) -> None:
+        """Hand a field report over."""
+        self._try("report", lambda plane: plane.report(report))
+
+    def event(self, kind: str, fields: dict[str, object]) -> None:
+        """Leave an event."""
+        self._try("event", lambda plane: plane.event(kind, fields))
+
+    def close(self, timeout_s: float) -> None:
+        """Let go."""
+        self._try("close", lambda plane: plane.close(timeout_s))

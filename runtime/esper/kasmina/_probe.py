@@ -1,0 +1,150 @@
+"""Watches one forward of a model without effect: which module was called when, with what, giving what.
+
+Hooks stand on the model's inner modules only while that one forward runs, and only where gradients are enabled: the fast
+paths of attention, which look for hooks, are not taken then anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina._ports import first_tensor, output_tensor, why_no_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Call", "ForwardWatch", "Recorder", "Spec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape and element type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Spec:
+        """That of `x`."""
+        return cls(tuple(x.shape), x.dtype)
+
+
+@dataclass(slots=True)
+class Call:
+    """What was seen of one module."""
+
+    start: int = -1
+    """Position of the first call's beginning among all beginnings and ends."""
+    end: int = -1
+    calls: int = 0
+    x: Spec | None = None
+    y: Spec | None = None
+    why: str = ""
+    """Why its output is no tensor; empty where it is one."""
+
+
+class Recorder:
+    """Collects a `Call` for every module of a model during one forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: dict[str, Call] = {}
+        self._model = model
+        self._clock = 0
+
+    def install(self) -> list[RemovableHandle]:
+        """Put the observing hooks on every module but the model itself."""
+        handles = []
+        for name, module in self._model.named_modules():
+            if name:
+                call = self.calls[name] = Call()
+                handles.append(module.register_forward_pre_hook(self._before(call), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after(call)))
+        return handles
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _before(self, call: Call) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call.calls += 1
+            if call.calls == 1:
+                call.start = self._tick()
+                x = first_tensor(args, kwargs)
+                call.x = None if x is None or x.is_nested else Spec.of(x)
+
+        return hook
+
+    def _after(self, call: Call) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            call.end = self._tick()
+            call.why = why_no_tensor(output)
+            call.y = None if call.why else Spec.of(output_tensor(output))
+
+        return hook
+
+
+class ForwardWatch:
+    """Arms the model's next forward with gradients enabled: `enter` installs hooks, `leave` follows when it is over.
+
+    The hooks that `enter` returns are removed as soon as that forward ends, also when it raises; then `leave` gets None and
+    the watch stays armed for the next one.
+
+    Args:
+        model: whose forward to watch.
+        enter: called with the forward's arguments, returns the hooks to remove.
+        leave: called with the output, or None after an exception.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        enter: Callable[[tuple[Any, ...], Mapping[str, Any]], list[RemovableHandle]],
+        leave: Callable[[Any], None],
+    ) -> None:
+        self._enter = enter
+        self._leave = leave
+        self._inner: list[RemovableHandle] = []
+        self._running = False
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @property
+    def armed(self) -> bool:
+        """True until a forward was watched, or the watch was disarmed."""
+        return bool(self._handles)
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._running:
+            return
+        self._running = True
+        self._inner = self._enter(args, kwargs)
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not self._running:
+            return
+        self._running = False
+        self._clear()
+        if output is not None:
+            self.disarm()
+        self._leave(output)
+
+    def _clear(self) -> None:
+        for handle in self._inner:
+            handle.remove()
+        self._inner = []
+
+    def disarm(self) -> None:
+        """Remove every hook."""
+        self._clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,216 @@
+"""Puts a seed's module into a host in place, by forward hooks and one child module, and takes it out without a trace.
+
+The child is named ``esper_seed_<index>`` and belongs to the module whose output the seed adapts, so its parameters travel
+with ``state_dict``, ``to`` and ``parameters``. A module that iterates over its children in its forward (Sequential, ModuleList,
+ModuleDict, or a forward that calls ``children()`` and the like) must not get another one: then the child belongs to its first
+descendant, in the order of ``named_modules``, that does not iterate. Where no descendant qualifies the site is refused.
+
+Hooks are bound methods of the child: ``copy.deepcopy(model)`` gives a copy whose hooks run the copied seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina._ports import Port, first_tensor, fit, output_tensor, replace_first
+from esper.kasmina.control import SiteKind
+from esper.kasmina.seeds import Execution
+from esper.mesh.errors import Conflict
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from esper.kasmina.sites import Site
+
+__all__ = ["Attachment", "Capture", "SeedModule", "child_name", "owner_of"]
+
+_ITERATORS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def child_name(index: int) -> str:
+    """Attribute under which a seed's module hangs in its owner."""
+    return f"esper_seed_{index}"
+
+
+def _iterates(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return isinstance(module, _CONTAINERS) or (code is not None and not _ITERATORS.isdisjoint(code.co_names))
+
+
+def owner_of(module: nn.Module) -> nn.Module:
+    """The module that may take the seed of a site at `module` as a child.
+
+    Raises:
+        Conflict: `module` and all its descendants iterate over their children.
+    """
+    for candidate in module.modules():
+        if not _iterates(candidate):
+            return candidate
+    raise Conflict(
+        f"seed at {type(module).__name__}: expected a descendant that does not iterate over its children, found none",
+        reason="NO_OWNER",
+    )
+
+
+@dataclass(slots=True)
+class Capture:
+    """What the isolation trainer sees of one forward; bounded copies, cut off from the host's graph."""
+
+    features: Tensor
+    """Canonical input of the kernel, pooled to the extent of y."""
+    y: Tensor
+    """Canonical output of the site."""
+    gradient: Tensor | None = None
+    """Of the loss at `y`; None until the backward came by."""
+
+
+class SeedModule(nn.Module):
+    """The living part of a seed: ``y + alpha * delta(...)`` as hooks of the host's modules.
+
+    Args:
+        delta: the kernel's module, (canonical x pooled to the extent of y) -> canonical delta.
+        site: where it stands.
+        capture_elements: bound of what isolation keeps of one forward, in elements.
+    """
+
+    alpha: Tensor
+    """0-dimensional, float32, on the device of the site: never a Python number, so that graphs survive its changes."""
+
+    def __init__(self, delta: nn.Module, site: Site, capture_elements: int = 1 << 18) -> None:
+        super().__init__()
+        self.delta = delta
+        device = next((p.device for p in delta.parameters()), torch.device("cpu"))
+        self.register_buffer("alpha", torch.zeros((), device=device))
+        self.mode = Execution.ABSENT
+        self.enabled = True
+        """False while a counterfactual runs the network without this seed."""
+        self.measuring = False
+        """True while the ratio of alpha * delta to y is wanted."""
+        self.ratio: Tensor | None = None
+        self.error = ""
+        """What the kernel raised in the forward; from then on the host runs without it, and the runtime takes the seed out."""
+        self.capture: Capture | None = None
+        self._captures = capture_elements
+        self._parallel = site.descriptor.kind is SiteKind.PARALLEL
+        self._split = site.source != site.target
+        self._from: Port = site.x
+        self._to: Port = site.y
+        self._x: Tensor | None = None
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook at the first module of a span: remember x."""
+        self._x = first_tensor(args, kwargs)
+
+    def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook at the module whose output is y."""
+        if self.mode is Execution.ABSENT or not self.enabled or self.error:
+            return None
+        y = output_tensor(output)
+        x = y
+        if self._parallel:
+            seen = self._x if self._split else first_tensor(args, kwargs)
+            self._x = None
+            if seen is None:
+                return None
+            x = seen
+        if self.mode is Execution.ISOLATED:
+            self._watch(x, y)
+            return None
+        try:
+            scaled = self._to.restore(self.delta(self._features(x, y))) * self.alpha
+        except Exception as error:  # noqa: BLE001  # a kernel that fails on some input must not fail the user's forward
+            if torch.compiler.is_compiling():
+                raise
+            self.error = f"{type(error).__name__}: {error}"
+            return None
+        if self.measuring:
+            self._measure(scaled, y)
+        return replace_first(output, y + scaled.to(y.dtype))
+
+    def _features(self, x: Tensor, y: Tensor) -> Tensor:
+        canonical = self._from.canonical(x)
+        if not self._parallel:
+            return canonical
+        shape = list(self._to.canonical_shape(tuple(y.shape)))
+        del shape[self._to.layout.feature_dim]
+        return fit(canonical, self._from.layout, self._to.layout, tuple(shape[1:]))
+
+    def _measure(self, scaled: Tensor, y: Tensor) -> None:
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(y.detach(), dtype=torch.float32)
+            ratio = torch.linalg.vector_norm(scaled.detach(), dtype=torch.float32)
+            self.ratio = ratio / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _watch(self, x: Tensor, y: Tensor) -> None:
+        """Keep a bounded copy and ask for the gradient at y; the host's values and graph stay as they are."""
+        if not (torch.is_grad_enabled() and y.requires_grad):
+            return
+        with torch.no_grad():
+            rows = max(1, min(len(y), self._captures * len(y) // max(1, y.numel())))
+            features = self._features(x.detach(), y.detach())[:rows].clone()
+            record = Capture(features, self._to.canonical(y.detach())[:rows].clone())
+
+        def keep(gradient: Tensor) -> None:
+            record.gradient = self._to.canonical(gradient.detach())[:rows].clone()
+            self.capture = record
+
+        y.register_hook(keep)
+
+
+@dataclass(slots=True)
+class Attachment:
+    """A seed's module in its host; `detach` undoes everything."""
+
+    seed: SeedModule
+    owner: nn.Module
+    name: str
+    handles: list[RemovableHandle] = field(default_factory=list)
+    nested: list[nn.Module] = field(default_factory=list)
+
+    @classmethod
+    def attach(cls, model: nn.Module, site: Site, seed: SeedModule) -> Attachment:
+        """Register child and hooks.
+
+        Raises:
+            Conflict: no owner, or the host already has an attribute of the child's name.
+        """
+        target, source = model.get_submodule(site.target), model.get_submodule(site.source)
+        owner, name = owner_of(target), child_name(site.index)
+        if hasattr(owner, name):
+            raise Conflict(f"seed {site.index}: expected no attribute {name} in {type(owner).__name__}, found one")
+        seed.train(target.training)
+        owner.add_module(name, seed)
+        attachment = cls(seed, owner, name)
+        if site.source != site.target and site.descriptor.kind is SiteKind.PARALLEL:
+            attachment.handles.append(source.register_forward_pre_hook(seed.before, with_kwargs=True))
+        attachment.handles.append(target.register_forward_hook(seed.after, with_kwargs=True))
+        attachment._avoid_nested_tensors(model, site)
+        return attachment
+
+    def _avoid_nested_tensors(self, model: nn.Module, site: Site) -> None:
+        """A hooked layer leaves its fast path by itself, but its encoder would still hand it a nested tensor."""
+        for path in (site.source, site.target):
+            parts = path.split(".")
+            for depth in range(len(parts) + 1):
+                module = model.get_submodule(".".join(parts[:depth]))
+                if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+                    module.use_nested_tensor = False
+                    self.nested.append(module)
+
+    def detach(self) -> None:
+        """Remove hooks and child; calling it again does nothing."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.owner._modules.pop(self.name, None)  # noqa: SLF001  # delattr would do the same with more ceremony
+        for module in self.nested:
+            others = any(isinstance(inner, SeedModule) for inner in module.modules())
+            module.use_nested_tensor = not others  # type: ignore[assignment]  # a plain flag of TransformerEncoder
+        self.nested.clear()
+        self.seed.mode = Execution.ABSENT
+        self.seed.capture = None

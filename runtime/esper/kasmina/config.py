@@ -1,0 +1,113 @@
+"""Options of a growth session: what the loop may cost, how careful the gates are, what growth may spend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.kasmina.control import SiteKind
+from esper.mesh.errors import InvalidInput
+
+__all__ = ["Config"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Every option of `esper.kasmina.wrap`; the defaults suit a run of some thousand steps.
+
+    Raises:
+        InvalidInput: a number out of its bounds.
+    """
+
+    run_id: str = ""
+    """Slug of the run; empty makes one."""
+    task: str = ""
+    """Free label of the task, for field reports."""
+    total_steps: int | None = None
+    """Length of the schedule in optimizer steps; None where the loop does not know."""
+    decay_start: float | None = None
+    """Fraction of the schedule after which the learning rate decays for the last time."""
+    parameter_budget: int | None = None
+    """Parameters that growth may add; None: as many as the host has."""
+    max_active_seeds: int = 4
+    """Seeds alive at one time, from GERMINATED to FINE_TUNING."""
+    blueprints: tuple[str, ...] = ()
+    """The only blueprints allowed; empty means all."""
+    granularities: tuple[str, ...] = ("layer", "block", "span")
+    """Kinds of places that may grow."""
+    kinds: tuple[SiteKind, ...] = (SiteKind.SERIES, SiteKind.PARALLEL)
+    """Ways of attaching that may be used."""
+    max_sites: int = 4096
+    """Sites kept at most."""
+    causal: bool | None = None
+    """True where positions must not see later ones; None finds out by one extra forward without effect."""
+    flops_per_sample: float | None = None
+    """FLOPs of the host's forward for one sample, where the loop knows them."""
+
+    advise_deadline_s: float = 0.25
+    """Longest wait for the controller at a boundary."""
+    sample_every: int = 10
+    """Optimizer steps between health samples; 0 turns them off, as a compiled model wants."""
+    sites_per_sample: int = 16
+    """Output modules measured on one sampled step, in rotation."""
+    drain_timeout_s: float = 1.0
+    """Longest wait at a boundary for statistics that are still being computed."""
+
+    clip_norm: float = 1.0
+    """Largest gradient norm of one newborn."""
+    merge_steps: int = 200
+    """Steps in which a fossilized seed takes over the host's learning rate and weight decay."""
+    isolation_learning_rate: float = 1e-3
+    """Of the private Adam of TRAINING."""
+    isolation_trust: float = 0.1
+    """Trust region of TRAINING: wanted change over output."""
+    isolation_min_held_out: int = 3
+    """Held-out batches that G1 asks for."""
+    gradient_limit: float = 1e4
+    """Largest gradient norm with which G1 lets a seed pass."""
+
+    watch_steps: int = 200
+    """Steps after a graft in which a loss spike rolls it back."""
+    spike_threshold: float = 8.0
+    """Modified z-score from which a loss counts as high."""
+    spike_patience: int = 3
+    """High losses in a row that make a spike."""
+    snapshot_max_bytes: int = 2 << 30
+    """Largest snapshot of the host; a larger host is not turned back, only the newborn is taken out."""
+    min_graft_steps: int = 20
+    """Steps that G2 wants to see after a graft."""
+    drift_limit: float = 2.0
+    """Largest rms(alpha * delta) / rms(y) with which G2 opens."""
+    settle_steps: int = 20
+    """Steps that G3 gives running statistics of a host that has some; 20 leave 12 % of the old at momentum 0.1."""
+
+    probation_boundaries: int = 2
+    """Boundaries of FINE_TUNING before G4 judges: about two epochs."""
+    probation_steps: int = 0
+    """The same in optimizer steps, for loops that validate more often than once an epoch."""
+    confidence: float = 0.95
+    """Of the one-sided bound of the counterfactual gain."""
+    price_per_million_parameters: float = 0.1
+    """Loss that a million parameters must be worth."""
+    price_per_gigaflop: float = 0.0
+    """Loss that a billion FLOPs per sample must be worth."""
+    lock_boundaries: int = 10
+    """Boundaries for which a rolled-back seed stays locked."""
+    embargo_boundaries: int = 5
+    """Boundaries for which a site stays closed that the runtime itself closed."""
+    kernel_timeout_s: float = 60.0
+    """Longest wait for the kernels in use when a checkpoint is loaded."""
+
+    def __post_init__(self) -> None:
+        positive = ("max_active_seeds", "max_sites", "clip_norm", "isolation_learning_rate", "isolation_trust")
+        natural = ("sample_every", "merge_steps", "watch_steps", "min_graft_steps", "settle_steps", "lock_boundaries")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"growth option {name}: expected a number above 0, found {getattr(self, name)!r}")
+        for name in natural:
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"growth option {name}: expected at least 0, found {getattr(self, name)!r}")
+        if not 0.5 <= self.confidence < 1.0:
+            raise InvalidInput(f"growth option confidence: expected 0.5 to below 1, found {self.confidence!r}")
+        unknown = set(self.granularities) - {"layer", "block", "span"}
+        if unknown:
+            raise InvalidInput(f"growth option granularities: expected layer, block, span, found {sorted(unknown)}")

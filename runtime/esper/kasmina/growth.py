@@ -1,0 +1,503 @@
+"""`Growth`: the session that a training loop holds; it fits any loop and never makes it wait.
+
+Typical use::
+
+    growth = esper.kasmina.wrap(model, optimizer, mesh="localhost:7600")   # model stays usable exactly as before
+    for epoch in range(epochs):
+        for batch in loader:
+            ...; loss.backward(); optimizer.step(); optimizer.zero_grad()
+            growth.step(loss)                                              # after each optimizer step
+        growth.boundary(validate)                                          # after each epoch
+    growth.close()
+
+``validate`` is a callable without arguments that runs the held-out data, in the same order each time, and returns
+``{"loss": [one per batch], "accuracy": ...}``; growth calls it again with a seed switched off to measure what the seed is worth.
+With a mapping of finished numbers instead nothing can be measured, and seeds stay in FINE_TUNING: missing is missing.
+
+Until the first forward one observing hook stands on the model, afterwards, with dormant seeds, none, except on sampled steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esper.kasmina import _checkpoint, _report
+from esper.kasmina._causal import is_causal
+from esper.kasmina._decide import Applied, Decider
+from esper.kasmina._lifecycle import Lifecycle
+from esper.kasmina._losses import LossReader
+from esper.kasmina._measure import Measurer, Validation, read_validation
+from esper.kasmina._plane import GuardedPlane
+from esper.kasmina._probe import ForwardWatch, Recorder
+from esper.kasmina.config import Config
+from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
+from esper.kasmina.health import HealthSampler, Worker
+from esper.kasmina.newborn import host_groups
+from esper.kasmina.signature import Layout
+from esper.kasmina.sites import Discovery, discover, matcher, observe
+from esper.mesh.errors import InvalidInput
+from esper.mesh.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from esper.kasmina._seed import KernelLike, SeedRun
+    from esper.kasmina.control import RunHello, SiteDescriptor
+    from esper.kasmina.sites import Refusal, Site
+
+__all__ = ["Applied", "BoundaryReport", "Config", "Growth", "wrap"]
+
+_log = get_logger("esper.kasmina.growth")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryReport:
+    """What happened at a boundary."""
+
+    boundary: int
+    loss: float | None
+    """Mean validation loss; None where not given."""
+    accuracy: float | None
+    advice: Advice | None
+    """None where no controller answered."""
+    applied: tuple[Applied, ...]
+    """What became of each decision."""
+
+
+class Growth:
+    """See the module. Made by `wrap`; one per model and optimizer.
+
+    Args:
+        model: the host, changed only while a seed lives in it.
+        optimizer: the host's.
+        plane: the control plane; None leaves every seed dormant unless `boundary` is given decisions.
+        select: keeps a site when true; None keeps all that `config` allows.
+        validate: as for `boundary`, for loops that hand finished numbers to it.
+        config: options.
+    """
+
+    Config = Config
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        plane: ControlPlane | None,
+        select: Callable[[SiteDescriptor], bool] | None = None,
+        validate: Callable[[], object] | None = None,
+        config: Config | None = None,
+    ) -> None:
+        self.config = Config() if config is None else config
+        self.run_id = self.config.run_id or _report.new_run_id()
+        self.model = model
+        self.optimizer = optimizer
+        self.steps = 0
+        """Optimizer steps done."""
+        self.boundaries = 0
+        self.controller_state = b""
+        self.counters: Counter[str] = Counter()
+        """Refused decisions, failures of the control plane, rollbacks, shed samples, by name."""
+        self.refusals: tuple[Refusal, ...] = ()
+        self.last_report: BoundaryReport | None = None
+        self.plane = GuardedPlane(plane, self.counters)
+        self.life = Lifecycle(model, optimizer, self.config, on_transition=self._transitioned, on_end=self._ended)
+        self.measurer = Measurer(model, self.config.confidence, validate)
+        self.losses = LossReader()
+        self.worker = Worker()
+        self.sampler: HealthSampler | None = None
+        self.records: list[dict[str, Any]] = []
+        self.host_gradient_norm: float | None = None
+        """L2 norm of the host's gradient at the last sampled step."""
+        self.elapsed_s = 0.0
+        self._began = time.monotonic()
+        self._decider = Decider(self.life, self.plane, record=self._record, measure=self.measurer.measure)
+        self._select = select
+        self._seen: tuple[Recorder, tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._watch: ForwardWatch | None = None
+        self._said: set[str] = set()
+        self._closed = False
+
+    # ---- where it can grow -------------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the model can grow; empty until its first forward was seen."""
+        return self.life.sites
+
+    def look(self, example_inputs: tuple[Any, ...] | None) -> None:
+        """Learn the sites from example inputs now, or from the user's next forward with gradients."""
+        if example_inputs is not None:
+            self._settle(observe(self.model, example_inputs), example_inputs, {})
+            return
+        recorder = Recorder(self.model)
+
+        def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+            self._seen = (recorder, args, kwargs)
+            return recorder.install()
+
+        def leave(output: Any) -> None:
+            if output is None:
+                self._seen = None
+                recorder.calls.clear()
+
+        self._watch = ForwardWatch(self.model, enter, leave)
+
+    def _settle(self, calls: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        config = self.config
+
+        def keep(site: SiteDescriptor) -> bool:
+            allowed = site.granularity in config.granularities and site.kind in config.kinds
+            return allowed and (self._select is None or self._select(site))
+
+        def find(*, causal: bool) -> Discovery:
+            return discover(self.model, calls, select=keep, causal=causal, max_sites=config.max_sites)
+
+        found = find(causal=bool(config.causal))
+        sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
+        if config.causal is None and sequences and is_causal(self.model, args, kwargs):
+            found = find(causal=True)
+        self.refusals = found.refusals
+        self.life.settle(found.sites)
+        self.begin()
+
+    def begin(self) -> None:
+        """With the sites known: announce the run and prepare the health samples."""
+        self.sampler = HealthSampler(self.model, self.sites, self.worker, self.config.sites_per_sample)
+        self.plane.open(_report.hello(self))
+
+    # ---- the three calls of a loop -----------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """After each optimizer step.
+
+        Args:
+            loss: training loss of this step, any shape, as the loop has it; it is detached and not waited for.
+        """
+        self.steps += 1
+        if self._seen is not None:
+            (recorder, args, kwargs), self._seen = self._seen, None
+            self._guard("discovery", lambda: self._settle(recorder.calls, args, kwargs))
+        self.life.layout.tick()
+        if loss is not None:
+            self.losses.push(loss)
+        self._guard("step", lambda: self._after_step(loss if isinstance(loss, torch.Tensor) else None))
+
+    def _after_step(self, loss: Tensor | None) -> None:
+        for value in self.losses.read():
+            why = self.life.detector.update(value)
+            if why:
+                self._roll_back(why)
+                return
+        self._take_out_failed()
+        self.life.step(loss)
+        if self._sampling:
+            self._collect()
+        self.arm_sample()
+
+    @property
+    def _sampling(self) -> bool:
+        return self.sampler is not None and self._watch is not None and not self._watch.armed
+
+    def arm_sample(self) -> None:
+        """Have the next forward sampled when it is its turn."""
+        every = self.config.sample_every
+        if self.sampler is None or not every or self.steps % every:
+            return
+        if self._watch is None or not self._watch.armed:
+            sampler = self.sampler
+            for run in self.life.runs.values():
+                if run.attachment is not None and run.blend is None:
+                    run.attachment.seed.measuring = True
+            self._watch = ForwardWatch(self.model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
+
+    def _collect(self) -> None:
+        assert self.sampler is not None
+        self._watch = None
+        self.sampler.collect()
+        self._sample_gradient()
+        job = _report.health_job(self)
+        if job is not None:
+            self.worker.submit(job)
+
+    def _sample_gradient(self) -> None:
+        gradients = [p.grad for group in host_groups(self.optimizer) for p in group["params"] if p.grad is not None]
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+
+            def read() -> None:
+                self.host_gradient_norm = float(norm)
+
+            self.worker.submit(read)
+
+    def _roll_back(self, why: str) -> None:
+        blamed, restored = self.life.roll_back(why)
+        self.counters["rollbacks"] += 1
+        _log.warning("graft rolled back", seeds=[run.index for run in blamed], host_restored=restored, why=why)
+        self.plane.event("rollback", {"seeds": [r.index for r in blamed], "host_restored": restored, "why": why})
+
+    def _take_out_failed(self) -> None:
+        for run in list(self.life.runs.values()):
+            if run.attachment is not None and run.attachment.seed.error and run.index not in self.life.fossilized:
+                run.failure = f"kernel failed in the forward: {run.attachment.seed.error}"
+                self.counters["kernel_failures"] += 1
+                self.life.cull(run, run.failure, self.config.embargo_boundaries)
+
+    def boundary(self, metrics: object, *, decisions: Sequence[Decision] | None = None) -> BoundaryReport:
+        """After each validation: tell the controller how things stand, carry out what it decides.
+
+        Args:
+            metrics: a mapping (loss, accuracy, epoch; all optional), or a callable without arguments that validates and returns
+                such a mapping with a loss per batch, or the losses alone.
+            decisions: instead of the controller's; for replays and for growing by hand.
+
+        Raises:
+            InvalidInput: `metrics` is neither.
+            Exception: whatever the user's own validation raises.
+        """
+        self.boundaries += 1
+        self.life.layout.tick_boundary()
+        validation = self._validate(metrics)
+        self._guard("collect", self._finish_losses)
+        self._guard("measure", self._measure)
+        self.worker.drain(self.config.drain_timeout_s)
+        for run in list(self.life.runs.values()):
+            self._decider.poll(run)
+        advice, applied = None, []
+        if self.sites:
+            state = _report.boundary_state(self, validation)
+            if decisions is None:
+                advice = self._advice(self.plane.advise(state, self.config.advise_deadline_s))
+            for decision in decisions if decisions is not None else advice.decisions if advice else ():
+                applied.append(self._apply(decision))
+            self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
+        self.measurer.forget()
+        report = BoundaryReport(
+            self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)
+        )
+        self.last_report = report
+        return report
+
+    def _validate(self, metrics: object) -> Validation:
+        if callable(metrics):
+            return self.measurer.validate(metrics)
+        validation = read_validation(metrics)
+        if not self.measurer.possible and any(s is Stage.FINE_TUNING for s in map(self.life.stage, self.life.runs)):
+            self._say_once(
+                "seeds stay in FINE_TUNING: their worth can not be measured without a validation to repeat; "
+                "give boundary() a callable, or wrap() a validate="
+            )
+        return validation
+
+    def _finish_losses(self) -> None:
+        for value in self.losses.read(wait=True):
+            why = self.life.detector.update(value)
+            if why:
+                self._roll_back(why)
+
+    def _measure(self) -> None:
+        for run in self.life.runs.values():
+            if self.life.stage(run.index) in {Stage.EVALUATING, Stage.FINE_TUNING}:
+                self.measurer.measure(run)
+
+    def _advice(self, found: object) -> Advice | None:
+        if found is None:
+            return None
+        if not isinstance(found, Advice) or found.boundary != self.boundaries:
+            self.counters["advice_refused"] += 1
+            where = getattr(found, "boundary", type(found).__name__)
+            _log.warning("advice refused", expected_boundary=self.boundaries, found=where)
+            return None
+        self.controller_state = found.controller_state
+        return found
+
+    def _apply(self, decision: object) -> Applied | None:
+        applied = self._decider.apply(decision, self.boundaries)
+        if applied is None:
+            self.counters["decisions_refused"] += 1
+            return None
+        given = applied.decision
+        fields: dict[str, object] = {
+            "decision_id": given.decision_id,
+            "seed": given.seed,
+            "action": str(given.action),
+            "stage": applied.stage.name,
+            "refused": [str(reason) for reason in applied.refused],
+        }
+        if not applied.done:
+            self.counters["decisions_refused"] += 1
+            # A gate that is still closed is the daily round; a decision that makes no sense is worth a look.
+            odd = any(reason.code == "OTHER" for reason in applied.refused)
+            (_log.warning if odd else _log.info)("decision refused", **fields)
+        self.plane.event("decision_applied" if applied.done else "decision_refused", fields)
+        # The network is another one now: what was measured with it does not hold any more.
+        self.measurer.forget()
+        return applied
+
+    def _close_cancelled(self, told: set[int]) -> None:
+        """A cancelled seed is DORMANT again once the controller has seen that, and why, it was cancelled."""
+        for seed in told:
+            if self.life.stage(seed) is Stage.CANCELLED:
+                self.life.release(seed)
+
+    # ---- what it tells -----------------------------------------------------------------------------------------------
+
+    def _record(self, decision: Decision) -> dict[str, object]:
+        record = _report.new_record(self, decision)
+        self.records.append(record)
+        return record
+
+    def _transitioned(self, run: SeedRun, before: Stage, after: Stage) -> None:
+        run.record["stages"].append({"stage": after.name, "boundary": self.boundaries, "step": self.steps})
+        self.plane.event("transition", {"seed": run.index, "from": before.name, "to": after.name, "step": self.steps})
+
+    def _ended(self, run: SeedRun, outcome: Outcome, reason: str) -> None:
+        report = _report.end(self, run, outcome, reason)
+        self.plane.report(report)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning(text)
+
+    def _guard(self, what: str, action: Callable[[], None]) -> None:
+        """Growth's own defects must not stop training either: they are logged with their traceback and counted."""
+        try:
+            action()
+        except Exception:
+            self.counters[f"failed_{what}"] += 1
+            _log.exception("growth failed", where=what)
+
+    def summary(self) -> str:
+        """Table of every seed that is not dormant."""
+        return _report.summary(self)
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Every adaptation of the run, oldest first, as JSON types: where, what, when, by which decisions, with what result."""
+        return _report.lineage(self)
+
+    def locks(self) -> dict[int, int]:
+        """Boundaries for which each rolled-back seed stays locked; keep it outside the checkpoint that it must outlive."""
+        return _report.locks(self)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that growth must remember, as tensors and JSON types; ``torch.load(weights_only=True)`` reads it."""
+        self.worker.drain(self.config.drain_timeout_s)
+        return _checkpoint.save(self)
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        kernels: Mapping[str, KernelLike] | Callable[[str], KernelLike | None] | None = None,
+        locks: Mapping[int, int] | None = None,
+    ) -> None:
+        """Bring every seed back; call it before the model's and the optimizer's own ``load_state_dict``.
+
+        Args:
+            state: of `state_dict`.
+            kernels: where the kernels in use are: by id, or a function of the id (``KernelCache.obtain``); what is not found
+                there is asked of the control plane, for at most ``config.kernel_timeout_s``.
+            locks: of `locks`, where seeds were rolled back after `state` was taken.
+
+        Raises:
+            NotFound: a kernel in use could not be had: the run can not go on as it was.
+            InvalidInput: `state` belongs to another model.
+        """
+        _checkpoint.load(self, state, kernels, locks or {})
+
+    def reset_watch(self) -> None:
+        """Remove observing hooks; seeds' own hooks stay."""
+        if self._watch is not None:
+            self._watch.disarm()
+            self._watch = None
+        self._seen = None
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """End observation and deliver what is buffered; fossilized and living seeds stay in the model as they are."""
+        if self._closed:
+            return
+        self._closed = True
+        self.reset_watch()
+        self.worker.close(timeout_s)
+        self.plane.close(timeout_s)
+
+    def hello(self) -> RunHello:
+        """First words of the run to its controller."""
+        return _report.hello(self)
+
+    def restart_clock(self, now: float) -> None:
+        """Count wall time from here on."""
+        self._began = now
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the run began, over all its resumptions."""
+        return self.elapsed_s + time.monotonic() - self._began
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    mesh: str | ControlPlane | None = None,
+    sites: Sequence[str] | Callable[[SiteDescriptor], bool] | None = None,
+    validate: Callable[[], object] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    cache_dir: Path | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> Growth:
+    """Let a model grow while it trains; the model is not copied, replaced or changed, and stays usable exactly as before.
+
+    Args:
+        model: the host.
+        optimizer: the host's; newborns get groups of their own in it.
+        mesh: ``host:port`` of the mesh, any control plane, or None to stay dormant. None reachable is no error.
+        sites: shell patterns of module names, or a predicate; None allows all.
+        validate: as for `Growth.boundary`, where that is given finished numbers.
+        example_inputs: arguments of one forward, to learn shapes at once; None learns them from the first training forward.
+        cache_dir: directory of the kernel cache; None keeps kernels in memory.
+        config: options; or single ones as keywords, see `Config`.
+
+    Raises:
+        InvalidInput: both `config` and options, an unknown option, or a model that is distributed already.
+    """
+    if config is not None and options:
+        raise InvalidInput(f"wrap: expected config or single options, found both ({', '.join(sorted(options))})")
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+        raise InvalidInput(
+            f"wrap: expected the module inside {type(model).__name__}, found the wrapper: newborns are not in it"
+        )
+    unknown = set(options) - set(Config.__dataclass_fields__)
+    if unknown:
+        raise InvalidInput(f"wrap: expected options of Config, found {', '.join(sorted(unknown))}")
+    plane: ControlPlane | None
+    if isinstance(mesh, str):
+        from esper.kasmina.link import MeshLink  # gRPC only where a mesh is wanted
+
+        plane = MeshLink(mesh, cache_dir=cache_dir)
+    else:
+        plane = mesh
+    select = sites if sites is None or callable(sites) else matcher(sites)
+    growth = Growth(
+        model,
+        optimizer,
+        plane=plane,
+        select=select,
+        validate=validate,
+        config=config or Config(**options),
+    )
+    growth.look(example_inputs)
+    return growth

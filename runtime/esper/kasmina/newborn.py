@@ -1,0 +1,250 @@
+"""Optimizer groups of newborns: a learning rate of their own that follows the host's, no weight decay in probation, clipping.
+
+One ``add_param_group`` per seed, so momentum of the host is kept and newborns start at zero moments. Just before each
+optimizer step, every option of a newborn's group follows the host group of its site, the learning rate multiplied by its
+scale, so any schedule is followed. After FOSSILIZED scale and weight decay go smoothly to the host's values.
+
+Schedulers of torch 2.13 zip their own lists with ``optimizer.param_groups`` strictly and would raise as soon as a group is added
+or removed. They are therefore given a view of the optimizer that shows the host's groups alone; `hide_from_schedulers`.
+While there is no newborn there is no hook on the optimizer, and no scheduler is touched.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from esper.mesh.errors import Conflict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["MARK", "NewbornGroups", "hide_from_schedulers", "host_groups"]
+
+MARK = "esper_seed"
+"""Key of a newborn's group that holds its seed's index; saved with the optimizer's state."""
+_OWN = frozenset({"params", "param_names", "lr", "weight_decay", "initial_lr", MARK})
+_ALPHA_FLOOR = 0.05
+
+
+def host_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups that are not of newborns, in their order."""
+    return [group for group in optimizer.param_groups if MARK not in group]
+
+
+class _HostView:
+    """An optimizer whose ``param_groups`` are the host's alone; everything else is the optimizer itself."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        object.__setattr__(self, "_esper_optimizer", optimizer)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return host_groups(object.__getattribute__(self, "_esper_optimizer"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_esper_optimizer"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(object.__getattribute__(self, "_esper_optimizer"), name, value)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _HostView, (object.__getattribute__(self, "_esper_optimizer"),)
+
+
+def hide_from_schedulers(optimizer: Optimizer) -> int:
+    """Give every living scheduler of `optimizer` a view of the host's groups; returns how many were found.
+
+    Schedulers hold the optimizer, not the other way round, so they are looked for among the objects that the collector
+    tracks: tens of milliseconds, when a seed is grafted or taken out, never on a step.
+    """
+    count = 0
+    groups = len(host_groups(optimizer))
+    for scheduler in gc.get_objects():
+        if not issubclass(type(scheduler), LRScheduler):
+            continue
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            scheduler.optimizer = _HostView(optimizer)
+            # A scheduler that was made while newborns lived has entries for them, after those of the host.
+            for name, value in vars(scheduler).items():
+                if isinstance(value, list) and len(value) == len(optimizer.param_groups) > groups:
+                    setattr(scheduler, name, value[:groups])
+            count += 1
+    return count
+
+
+@dataclass(slots=True)
+class _Entry:
+    seed: int
+    scale: float
+    host: int
+    """Position of the site's group among the host's groups."""
+    names: tuple[str, ...]
+    alpha: Tensor | None = None
+    """Set while alpha ramps: the gradient is divided by it."""
+    merging: int = -1
+    """Steps since FOSSILIZED; -1 before."""
+    frozen: bool = False
+    norm: Tensor | None = None
+
+
+class NewbornGroups:
+    """The groups of all seeds that learn with the host.
+
+    Args:
+        optimizer: the host's.
+        clip_norm: largest L2 norm of the gradient of one newborn; larger ones are scaled down.
+        merge_steps: steps over which a fossilized seed takes over the host's learning rate and weight decay.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, clip_norm: float = 1.0, merge_steps: int = 200) -> None:
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.merge_steps = merge_steps
+        self._entries: dict[int, _Entry] = {}
+        self._hook: RemovableHandle | None = None
+
+    def __contains__(self, seed: int) -> bool:
+        return seed in self._entries
+
+    def unfit(self) -> str:
+        """Why this optimizer can not take newborns; empty where it can."""
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            return "the optimizer LBFGS takes one parameter group only"
+        return ""
+
+    def add(
+        self, seed: int, parameters: Sequence[tuple[str, nn.Parameter]], site: Iterable[nn.Parameter], scale: float
+    ) -> None:
+        """Add a group for a newborn beside the host group that holds the parameters of its site.
+
+        Args:
+            seed: index.
+            parameters: named parameters of the newborn, in a fixed order.
+            site: host parameters of the site; the first one that is found in a group decides which group is followed.
+            scale: learning rate over that of the host's group.
+
+        Raises:
+            Conflict: the seed has a group already.
+        """
+        if seed in self._entries:
+            raise Conflict(f"seed {seed}: expected no optimizer group yet, found one")
+        hide_from_schedulers(self.optimizer)
+        wanted = {id(p) for p in site}
+        groups = host_groups(self.optimizer)
+        host = next((i for i, g in enumerate(groups) if any(id(p) in wanted for p in g["params"])), 0)
+        names = tuple(name for name, _ in parameters)
+        entry = self._entries[seed] = _Entry(seed, scale, host, names)
+        like = groups[host]
+        group = {key: like[key] for key in self.optimizer.defaults if key in like}
+        named = "param_names" in like
+        group["params"] = list(parameters) if named else [p for _, p in parameters]
+        group |= {MARK: seed, "lr": _copy(like["lr"])}
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0
+        self.optimizer.add_param_group(group)
+        self._follow(entry, self._group(seed), like)
+        if self._hook is None:
+            self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self, seed: int) -> None:
+        """Remove a newborn's group and every trace of its parameters in the optimizer's state."""
+        if self._entries.pop(seed, None) is None:
+            return
+        hide_from_schedulers(self.optimizer)
+        group = self._group(seed)
+        for parameter in group["params"]:
+            self.optimizer.state.pop(parameter, None)
+            parameter.grad = None
+        self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g is not group]
+        if not self._entries and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def compensate(self, seed: int, alpha: Tensor | None) -> None:
+        """Divide the newborn's gradient by alpha while it ramps, so that a small alpha does not starve it."""
+        self._entries[seed].alpha = alpha
+
+    def freeze(self, seed: int, frozen: bool) -> None:
+        """Stop or resume learning; moments are kept."""
+        self._entries[seed].frozen = frozen
+        for parameter in self._group(seed)["params"]:
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None
+
+    def merge(self, seed: int) -> None:
+        """Begin to take over the host's learning rate and weight decay."""
+        self._entries[seed].merging = 0
+
+    def gradient_norm(self, seed: int) -> Tensor | None:
+        """L2 norm of the newborn's (compensated) gradient before clipping at the last step; a device scalar."""
+        entry = self._entries.get(seed)
+        return None if entry is None else entry.norm
+
+    def memberships(self, parameters: Iterable[nn.Parameter]) -> tuple[int, ...]:
+        """For each parameter, the number of optimizer groups that hold it."""
+        ids = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        return tuple(ids.count(id(parameter)) for parameter in parameters)
+
+    def _group(self, seed: int) -> dict[str, Any]:
+        # Looked up by its mark every time: Optimizer.load_state_dict makes new dictionaries.
+        return next(group for group in self.optimizer.param_groups if group.get(MARK) == seed)
+
+    def _before_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        hosts = host_groups(self.optimizer)
+        for entry in self._entries.values():
+            group = self._group(entry.seed)
+            if entry.merging >= 0:
+                entry.merging = min(entry.merging + 1, self.merge_steps)
+            self._follow(entry, group, hosts[entry.host])
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if not gradients or entry.merging >= self.merge_steps:
+                continue
+            if entry.alpha is not None:
+                torch._foreach_div_(gradients, entry.alpha.clamp_min(_ALPHA_FLOOR))  # noqa: SLF001  # no public name
+            entry.norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
+
+    def _follow(self, entry: _Entry, group: dict[str, Any], host: dict[str, Any]) -> None:
+        for key, value in host.items():
+            if key not in _OWN and key in self.optimizer.defaults:
+                group[key] = value
+        done = max(0.0, min(1.0, entry.merging / self.merge_steps)) if self.merge_steps else float(entry.merging >= 0)
+        # Geometric, so that a scale of 3 and one of 1/3 take equally long to become 1.
+        rate = host["lr"] * entry.scale ** (1.0 - done)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+        if "weight_decay" in host:
+            group["weight_decay"] = host["weight_decay"] * done
+
+    def document(self) -> list[dict[str, Any]]:
+        """As JSON types, in the order of the optimizer's groups."""
+        order = [group[MARK] for group in self.optimizer.param_groups if MARK in group]
+        entries = [self._entries[seed] for seed in order]
+        return [
+            {"seed": e.seed, "scale": e.scale, "host": e.host, "merging": e.merging, "frozen": e.frozen}
+            for e in entries
+        ]
+
+    def restore(self, document: Mapping[str, Any], norm: Tensor | None) -> None:
+        """Give the group of one seed the progress that `document` recorded; the group was added before."""
+        entry = self._entries[document["seed"]]
+        entry.norm = norm
+        entry.host, entry.merging = document["host"], document["merging"]
+        if document["frozen"]:
+            self.freeze(entry.seed, frozen=True)
+
+
+def _copy(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
