@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from esper.kasmina.convert import signature_from_proto, signature_to_proto
 from esper.kasmina.kernels.signing import CheckResult, Figure, SignedVerdict, Statement
-from esper.kasmina.signature import Layout, Signature
+from esper.kasmina.signature import Layout
 from esper.mesh.errors import InvalidInput
 from esper.urza.blueprints import Birth, Blueprint, BlueprintState
 from esper.urza.builds import Build, BuildOrder, BuildState, Tier
@@ -23,7 +24,6 @@ from esper.v1 import (
     kernel_pb2,
     lease_pb2,
     signature_pb2,
-    tensor_pb2,
     urza_service_pb2,
     verdict_pb2,
 )
@@ -44,8 +44,6 @@ __all__ = [
     "query_from_proto",
     "request_from_proto",
     "seconds",
-    "signature_from_proto",
-    "signature_to_proto",
     "stamp",
     "statement_from_proto",
     "text",
@@ -67,12 +65,6 @@ _LAYOUT = {
     Layout.VECTOR: signature_pb2.LAYOUT_VECTOR,
     Layout.SEQUENCE: signature_pb2.LAYOUT_SEQUENCE,
     Layout.IMAGE: signature_pb2.LAYOUT_IMAGE,
-}
-_DTYPE = {
-    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
-    "bfloat16": tensor_pb2.DATA_TYPE_BFLOAT16,
-    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
-    "float64": tensor_pb2.DATA_TYPE_FLOAT64,
 }
 _BIRTH = {Birth.ZERO: blueprint_pb2.BIRTH_ZERO, Birth.RANDOM: blueprint_pb2.BIRTH_RANDOM}
 _BLUEPRINT_STATE = {
@@ -109,7 +101,6 @@ BUILD_STATES = _inverse(_BUILD_STATE)
 """States of builds of the contract -> ours; BUILD_STATE_UNSPECIFIED is missing."""
 _TIERS = _inverse(_TIER)
 _BIRTHS = _inverse(_BIRTH)
-_DTYPES = _inverse(_DTYPE)
 _WORK_KINDS = _inverse(_WORK_KIND)
 
 
@@ -134,21 +125,6 @@ def _count(name: str, value: int) -> int:
     if value > _MAX_INT:
         raise InvalidInput(f"{name}: expected at most {_MAX_INT}, found {value}", reason="NUMBER_TOO_LARGE")
     return value
-
-
-def signature_to_proto(signature: Signature) -> signature_pb2.Signature:
-    """A signature for the wire."""
-    return signature_pb2.Signature(
-        layout=_LAYOUT[signature.layout],
-        in_features=signature.in_features,
-        out_features=signature.out_features,
-        dtype=_DTYPE[signature.dtype],
-    )
-
-
-def signature_from_proto(message: signature_pb2.Signature) -> Signature:
-    """A signature from the wire; the message has passed validation."""
-    return Signature(LAYOUTS[message.layout], message.in_features, message.out_features, _DTYPES[message.dtype])
 
 
 def blueprint_to_proto(blueprint: Blueprint) -> blueprint_pb2.Blueprint:

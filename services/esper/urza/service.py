@@ -5,10 +5,12 @@ from typing import Annotated
 import grpc.aio
 from pydantic import Field, SecretStr
 
+from esper.mesh.bus import BusPublisher
 from esper.mesh.identity import Role
 from esper.mesh.logging import get_logger
 from esper.mesh.service import ANYONE_KNOWN, Service, ServiceContext, allow
 from esper.mesh.settings import Section
+from esper.urza.announce import Announcer
 from esper.urza.blob_store import LocalBlobStore
 from esper.urza.desk import Rules
 from esper.urza.library import Library
@@ -75,6 +77,9 @@ class Config(Section):
     lease_memory_s: Annotated[float, Field(ge=60, le=30 * 86400)] = 86400.0
     """How long a lease that is over is remembered, in seconds: so long may its completion be sent again."""
 
+    announce: bool = True
+    """Whether changes are announced on the message bus too (topic `library-events`)."""
+
     watcher_queue: Annotated[int, Field(ge=16, le=65536)] = 4096
     """Changes that a watcher may be behind before its stream ends."""
 
@@ -94,6 +99,9 @@ class Urza(Service):
 
     def __init__(self, library: Library, context: ServiceContext, config: Config) -> None:
         self.library = library
+        self._context = context
+        self._announce = config.announce
+        self._announcer: Announcer | None = None
         self._servicer = UrzaServicer(library, drain=context.drain, default_lease_s=config.default_lease_s)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -103,9 +111,19 @@ class Urza(Service):
     async def start(self) -> None:
         """Clear what a crash left, begin to watch leases and changes."""
         await self.library.start()
+        if self._announce:
+            try:
+                publisher = BusPublisher(self._context.channel("oona"))
+            except Exception:  # noqa: BLE001  # whatever keeps the bus away must not keep the library from serving
+                _log.warning("changes are not announced: there is no way to the message bus", exc_info=True)
+            else:
+                self._announcer = Announcer(self.library, publisher)
+                self._announcer.start()
 
     async def close(self) -> None:
         """Stop watching, close the database."""
+        if self._announcer is not None:
+            await self._announcer.close()
         await self.library.close()
 
 

@@ -1,7 +1,8 @@
 """The seam to the database: transactions on SQLite (the embedded edition) or PostgreSQL (a setting).
 
-Writers take turns on either engine: SQLite by `BEGIN IMMEDIATE`, PostgreSQL by a lock on the one row of `library`. That
-is what makes change numbers gapless in the order of commits, and it leaves nothing to deadlock over. Readers never wait.
+Writers take turns on either engine: SQLite by `BEGIN IMMEDIATE`, PostgreSQL by a lock on the one row of `library`.
+That is what makes change numbers gapless in the order of commits, and it leaves nothing to deadlock over. Readers
+never wait.
 
 ::
 

@@ -1,0 +1,611 @@
+"""Conformance of the library on every database: the same tests on SQLite and on PostgreSQL."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from esper.kasmina.kernels.signing import SigningKey
+from esper.kasmina.signature import Layout, Signature
+from esper.mesh.errors import (
+    AlreadyExists,
+    Conflict,
+    Corrupt,
+    EsperError,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    Stale,
+    Unsupported,
+)
+from esper.mesh.identity import Identity, Role
+from esper.urza import log
+from esper.urza.blueprints import Blueprint, BlueprintState
+from esper.urza.builds import BuildState, Tier
+from esper.urza.kernels import Kernel, KernelState
+from esper.urza.leases import Built, Failed, Request, WorkKind
+from esper.urza.search import KernelQuery
+from tests.services.urza.urza_world import (
+    ALICE,
+    FORGE,
+    JUDGE,
+    OPERATOR,
+    SIGNATURE,
+    TARGET,
+    World,
+    make_ir,
+    open_world,
+    resigned,
+    statement_over,
+    tampered,
+)
+
+
+async def refused(kind: type[EsperError], reason: str, work: object) -> EsperError:
+    """Await something that must fail in one way."""
+    with pytest.raises(kind) as caught:
+        await work
+    assert reason == caught.value.reason
+    return caught.value
+
+
+class TestBlueprints:
+    """Submission, names, states."""
+
+    async def test_submitting_again_returns_the_one_stored(self, world: World) -> None:
+        """A blueprint is stored once; whoever submits it again gets the first one, author and time included."""
+        data = make_ir().canonical_json().encode()
+        first, created = await world.library.submit_blueprint(data, (), ALICE)
+        world.clock.advance(5)
+        again, created_again = await world.library.submit_blueprint(data, (), OPERATOR)
+        assert (True, False) == (created, created_again)
+        assert first == again
+        assert ("client:alice", data, BlueprintState.ACTIVE) == (again.author, again.ir, again.state)
+
+    async def test_another_spelling_is_refused(self, world: World) -> None:
+        """Only canonical JSON is taken: a second spelling would be a second id for the same blueprint."""
+        data = make_ir().canonical_json().replace(",", ", ", 1).encode()
+        await refused(InvalidInput, "BLUEPRINT_MALFORMED", world.library.submit_blueprint(data, (), ALICE))
+        await refused(InvalidInput, "BLUEPRINT_MALFORMED", world.library.submit_blueprint(b"{}", (), ALICE))
+        unknown = make_ir().canonical_json().replace('"op":"linear"', '"op":"quantum"').encode()
+        await refused(InvalidInput, "BLUEPRINT_INVALID", world.library.submit_blueprint(unknown, (), ALICE))
+
+    async def test_found_by_id_prefix_and_name(self, world: World) -> None:
+        """An id, a prefix of eight digits, or a name (the newest of it) leads to a blueprint."""
+        old = await world.submit("mine", description="An old one.")
+        new = await world.submit("mine", description="A new one.")
+        assert old == (await world.library.get_blueprint(old)).id
+        assert old == (await world.library.get_blueprint(old[:15])).id
+        assert new == (await world.library.get_blueprint("mine")).id
+        for wrong in ("yours", "sha256:" + "0" * 8, "sha256:1234", "sha256:" + "0" * 64, "sha256:" + "0" * 70):
+            await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.get_blueprint(wrong))
+
+    async def test_parents_must_be_here(self, world: World) -> None:
+        """A lineage that leads nowhere is refused."""
+        data = make_ir().canonical_json().encode()
+        await refused(
+            NotFound, "BLUEPRINT_NOT_FOUND", world.library.submit_blueprint(data, ["sha256:" + "0" * 64], ALICE)
+        )
+        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.get_blueprint("low_rank"))
+
+    async def test_archived_ones_are_not_built_until_submitted_again(self, world: World) -> None:
+        """Archiving hides a blueprint, fails its queued builds, refuses new ones; submission brings it back."""
+        blueprint_id = await world.submit()
+        waiting = await world.order(blueprint_id)
+        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id)).state
+        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id)).state
+        failed = await world.library.get_build(waiting.id)
+        assert (BuildState.FAILED, "its blueprint was archived") == (failed.state, failed.error)
+        await refused(Conflict, "BLUEPRINT_ARCHIVED", world.order(blueprint_id, target="x", tier=Tier.STANDARD))
+        listing = {"limit": 10, "before": None, "layout": None, "tags": ()}
+        assert () == (await world.library.list_blueprints(**listing, include_archived=False)).entries
+        assert 1 == len((await world.library.list_blueprints(**listing, include_archived=True)).entries)
+        await world.submit()
+        assert BuildState.QUEUED == (await world.order(blueprint_id, retry=True)).state
+        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.archive_blueprint("sha256:" + "0" * 64))
+
+    async def test_listing_by_layout_and_tags_in_pages(self, world: World) -> None:
+        """A listing is newest first, without IR, filtered, and pages neither skip nor repeat."""
+        ids = [
+            await world.submit(f"b{number}", tags=("even" if number % 2 == 0 else "odd", "all")) for number in range(5)
+        ]
+        only_image = await world.submit("image_only", layouts=(Layout.IMAGE,), causal=False, tags=("all",))
+
+        async def pages(**filters: object) -> list[str]:
+            found: list[str] = []
+            before = None
+            while True:
+                arguments = {"layout": None, "tags": (), "include_archived": False} | filters
+                page = await world.library.list_blueprints(limit=2, before=before, **arguments)
+                assert all(entry.ir == b"" for entry in page.entries)
+                found += [entry.id for entry in page.entries]
+                if not page.more:
+                    return found
+                before = page.entries[-1].sequence
+
+        assert [only_image, *reversed(ids)] == await pages()
+        assert list(reversed(ids[::2])) == await pages(tags=("even", "all"))
+        assert list(reversed(ids)) == await pages(layout=Layout.VECTOR)
+        assert [] == await pages(tags=("even", "odd"))
+
+
+class TestBuilds:
+    """Requests for kernels."""
+
+    async def test_asking_twice_asks_once(self, world: World) -> None:
+        """The same order is the same build; another signature, tier or target is another."""
+        blueprint_id = await world.submit()
+        first = await world.order(blueprint_id, priority=3)
+        assert first == await world.order(blueprint_id, priority=9)
+        assert first == await world.order(blueprint_id, target=TARGET)  # portable: runs anywhere
+        others = {
+            (await world.order(blueprint_id, signature=replace(SIGNATURE, out_features=8))).id,
+            (await world.order(blueprint_id, tier=Tier.STANDARD)).id,
+            (await world.order(blueprint_id, tier=Tier.STANDARD, target=TARGET)).id,
+        }
+        assert 3 == len(others - {first.id})
+
+    async def test_what_cannot_be_asked_for(self, world: World) -> None:
+        """The aggressive tier is not offered; an unknown blueprint cannot be built; nothing is left behind."""
+        await refused(Unsupported, "TIER_NOT_OFFERED", world.order(tier=Tier.AGGRESSIVE))
+        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.order("sha256:" + "0" * 64))
+        await refused(NotFound, "BUILD_NOT_FOUND", world.library.get_build("sha256:" + "0" * 64))
+        assert () == (await world.library.list_builds(limit=10, before=None, states=())).entries
+
+    async def test_listing_by_state_in_pages(self, world: World) -> None:
+        """Builds are listed newest first, of one, several or all states."""
+        builds = await world.orders(5)
+        lease = await world.lease(WorkKind.COMPILE)
+        assert builds[0].id == lease.subject_id
+
+        async def ids(*states: BuildState, limit: int = 10, before: int | None = None) -> list[str]:
+            page = await world.library.list_builds(limit=limit, before=before, states=states)
+            return [build.id for build in page.entries]
+
+        newest_first = [build.id for build in reversed(builds)]
+        assert newest_first == await ids()
+        assert newest_first[:-1] == await ids(BuildState.QUEUED)
+        assert [builds[0].id] == await ids(BuildState.LEASED, BuildState.FAILED)
+        assert newest_first == await ids(BuildState.LEASED, BuildState.QUEUED)
+        assert newest_first[2:4] == await ids(limit=2, before=builds[3].sequence)
+
+
+class TestWork:
+    """Leases from claim to outcome."""
+
+    async def test_a_build_becomes_a_kernel(self, world: World) -> None:
+        """Queued, leased, succeeded: the lease carries build and IR, the build names its kernel."""
+        build = await world.order()
+        lease = await world.lease(WorkKind.COMPILE)
+        assert lease.build is not None
+        assert lease.blueprint is not None
+        assert (build.id, BuildState.LEASED, 1) == (lease.build.id, lease.build.state, lease.build.attempts)
+        assert make_ir().canonical_json().encode() == lease.blueprint.ir
+        kernel = await world.upload(build)
+        done = await world.library.desk.complete(lease.id, Built(kernel.id), FORGE)
+        assert done == await world.library.get_build(build.id)
+        assert (BuildState.SUCCEEDED, kernel.id) == (done.state, done.kernel_id)
+        assert () == await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x"), FORGE)
+
+    async def test_completing_again_changes_nothing(self, world: World) -> None:
+        """The same completion may be sent again; another one for the same lease comes too late."""
+        build = await world.order()
+        lease = await world.lease(WorkKind.COMPILE)
+        kernel = await world.upload(build)
+        first = await world.library.desk.complete(lease.id, Built(kernel.id), FORGE)
+        head = await world.library.store.read(log.head)
+        assert first == await world.library.desk.complete(lease.id, Built(kernel.id), FORGE)
+        await refused(Stale, "LEASE_LOST", world.library.desk.complete(lease.id, Failed("no", retryable=True), FORGE))
+        assert head == await world.library.store.read(log.head)
+
+    async def test_highest_priority_first_then_oldest(self, world: World) -> None:
+        """Work is handed out by priority, and within one in the order in which it was asked for."""
+        blueprint_id = await world.submit()
+        priorities = [0, 5, 0, 9, 5]
+        ids = [
+            (await world.order(blueprint_id, signature=Signature(Layout.VECTOR, width, 8), priority=priority)).id
+            for width, priority in enumerate(priorities, 1)
+        ]
+        leases = await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x", limit=3), FORGE)
+        leases += await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x", limit=3), FORGE)
+        assert [ids[index] for index in (3, 1, 4, 0, 2)] == [lease.subject_id for lease in leases]
+
+    async def test_a_forge_gets_what_it_can_build(self, world: World) -> None:
+        """Tiers and target of a forge choose among the builds; portable ones and those for any machine always fit."""
+        blueprint_id = await world.submit()
+        elsewhere = await world.order(blueprint_id, tier=Tier.STANDARD, target="cuda/nvidia/sm_90/torch-2.13")
+        anywhere = await world.order(blueprint_id, tier=Tier.STANDARD)
+        portable = await world.order(blueprint_id)
+
+        async def take(**more: object) -> list[str]:
+            request = Request(kind=WorkKind.COMPILE, holder="x", limit=10, **more)
+            return [lease.subject_id for lease in await world.library.desk.lease(request, FORGE)]
+
+        assert [portable.id] == await take(tiers=frozenset({Tier.PORTABLE}))
+        assert [anywhere.id] == await take(target=TARGET)
+        assert [elsewhere.id] == await take()
+
+    async def test_only_the_entitled_role_takes_work(self, world: World) -> None:
+        """Compiling is for forges, judging for evaluation engines; nobody keeps or ends another role's lease."""
+        await world.order()
+        for kind, by in ((WorkKind.COMPILE, JUDGE), (WorkKind.EVALUATE, FORGE), (WorkKind.COMPILE, ALICE)):
+            await refused(Forbidden, "ROLE_NOT_ENTITLED", world.library.desk.lease(Request(kind=kind, holder="x"), by))
+        lease = await world.lease(WorkKind.COMPILE)
+        await refused(Forbidden, "ROLE_NOT_ENTITLED", world.library.desk.renew(lease.id, None, JUDGE))
+        failed = Failed("x", retryable=True)
+        await refused(Forbidden, "ROLE_NOT_ENTITLED", world.library.desk.complete(lease.id, failed, JUDGE))
+
+    async def test_an_expired_lease_goes_to_somebody_else(self, world: World) -> None:
+        """A lease that ran out can be neither kept nor completed, and its work is handed out again."""
+        build = await world.order()
+        lease = await world.lease(WorkKind.COMPILE, lease_time_s=10)
+        kernel = await world.upload(build)
+        world.clock.advance(10)
+        await refused(Stale, "LEASE_LOST", world.library.desk.renew(lease.id, None, FORGE))
+        await refused(Stale, "LEASE_LOST", world.library.desk.complete(lease.id, Built(kernel.id), FORGE))
+        assert 1 == await world.library.desk.expire_due()
+        assert 0 == await world.library.desk.expire_due()
+        second = await world.lease(WorkKind.COMPILE)
+        assert (build.id, 2) == (second.subject_id, second.attempt)
+        await refused(Stale, "LEASE_LOST", world.library.desk.complete(lease.id, Built(kernel.id), FORGE))
+
+    async def test_renewal_keeps_a_lease(self, world: World) -> None:
+        """A renewed lease lives on, for as long as before or for as long as asked."""
+        await world.order()
+        lease = await world.lease(WorkKind.COMPILE, lease_time_s=10)
+        world.clock.advance(9)
+        until = await world.library.desk.renew(lease.id, None, FORGE)
+        assert 10 == (until - world.clock.now).total_seconds()
+        until = await world.library.desk.renew(lease.id, 100, FORGE)
+        assert 100 == (until - world.clock.now).total_seconds()
+        world.clock.advance(99)
+        assert 0 == await world.library.desk.expire_due()
+        await refused(Stale, "LEASE_LOST", world.library.desk.renew("0" * 32, None, FORGE))
+
+    async def test_poison_is_given_up_with_its_last_words(self, world: World) -> None:
+        """A build that kills every forge is FAILED after three attempts with what was said; a retry revives it."""
+        build = await world.order()
+        lease = await world.lease(WorkKind.COMPILE)
+        await world.library.desk.complete(lease.id, Failed("segmentation fault", retryable=True), FORGE)
+        assert BuildState.QUEUED == (await world.library.get_build(build.id)).state
+        for _ in range(2):
+            await world.lease(WorkKind.COMPILE, lease_time_s=1, holder="forge@host/0")
+            world.clock.advance(1)
+            await world.library.desk.expire_due()
+        failed = await world.library.get_build(build.id)
+        assert (BuildState.FAILED, 3) == (failed.state, failed.attempts)
+        assert "attempt 3 of 3: the lease of forge@host/0 ran out" in failed.error
+        assert "segmentation fault" in failed.error
+        assert failed == await world.order(build.blueprint_id)
+        again = await world.order(build.blueprint_id, retry=True)
+        assert (BuildState.QUEUED, 0, "") == (again.state, again.attempts, again.error)
+        assert 1 == (await world.lease(WorkKind.COMPILE)).attempt
+
+    async def test_what_cannot_be_built_fails_at_once(self, world: World) -> None:
+        """A failure that no other attempt can mend ends the build with the compiler's own words."""
+        build = await world.order()
+        lease = await world.lease(WorkKind.COMPILE)
+        failed = await world.library.desk.complete(lease.id, Failed("no such operation", retryable=False), FORGE)
+        assert (BuildState.FAILED, "no such operation") == (failed.state, failed.error)
+        assert failed == await world.library.get_build(build.id)
+
+    async def test_a_build_takes_its_own_kernel_only(self, world: World) -> None:
+        """Completing a build with an unknown kernel, or one of another order, is refused and the lease stays."""
+        builds = await world.orders(2)
+        lease = await world.lease(WorkKind.COMPILE)
+        assert builds[0].id == lease.subject_id
+        other = await world.upload(builds[1])
+        complete = world.library.desk.complete
+        await refused(NotFound, "KERNEL_NOT_FOUND", complete(lease.id, Built("sha256:" + "0" * 64), FORGE))
+        await refused(InvalidInput, "KERNEL_MISMATCH", complete(lease.id, Built(other.id), FORGE))
+        await world.library.desk.complete(lease.id, Built((await world.upload(builds[0])).id), FORGE)
+
+    async def test_leases_that_are_long_over_are_forgotten(self, world: World) -> None:
+        """A completion may be sent again while the lease is remembered, and no longer."""
+        from esper.urza import queue
+
+        await world.order()
+        lease = await world.lease(WorkKind.COMPILE)
+        failed = Failed("x", retryable=False)
+        await world.library.desk.complete(lease.id, failed, FORGE)
+        world.clock.advance(3600)
+        assert 0 == await world.library.store.write(lambda tx: queue.forget(tx, older_than_s=3600))
+        await world.library.desk.complete(lease.id, failed, FORGE)
+        world.clock.advance(1)
+        assert 1 == await world.library.store.write(lambda tx: queue.forget(tx, older_than_s=3600))
+        await refused(Stale, "LEASE_LOST", world.library.desk.complete(lease.id, failed, FORGE))
+
+    async def test_no_two_lessees_get_the_same_piece(self, world: World) -> None:
+        """Many lessees at once: every piece is handed out exactly once, and all of them are."""
+        builds = await world.orders(30)
+        taken: list[str] = []
+
+        async def forge(name: str) -> None:
+            request = Request(kind=WorkKind.COMPILE, holder=name, limit=2)
+            while leases := await world.library.desk.lease(request, FORGE):
+                taken.extend(lease.subject_id for lease in leases)
+
+        await asyncio.gather(*(forge(f"forge-{number}") for number in range(12)))
+        assert sorted(build.id for build in builds) == sorted(taken)
+
+
+class TestVerdicts:
+    """The only way out of STAGED."""
+
+    async def test_a_signed_verdict_validates(self, world: World) -> None:
+        """A kernel judged well is VALIDATED, carries the verdict as signed, and the judgement is in its lineage."""
+        kernel = await world.validated()
+        assert KernelState.VALIDATED == kernel.state
+        assert kernel == await world.library.get_kernel(kernel.id)
+        assert statement_over(kernel.id) == kernel.statement
+        steps = (await world.library.lineage(kernel.id)).transitions
+        assert [(None, KernelState.STAGED), (KernelState.STAGED, KernelState.VALIDATED)] == [
+            (step.from_state, step.to_state) for step in steps
+        ]
+        assert ["tezzeret:forge-1", "urabrask:gauntlet-1"] == [step.identity for step in steps]
+
+    async def test_a_bad_verdict_rejects(self, world: World) -> None:
+        """A kernel that failed is REJECTED, for good: nothing leads out of it."""
+        kernel = await world.judge(await world.staged(), passed=False)
+        assert KernelState.REJECTED == kernel.state
+        assert "failed contract.shape" in (await world.library.lineage(kernel.id)).transitions[-1].reason
+        for state in (KernelState.ARCHIVED, KernelState.QUARANTINED, KernelState.VALIDATED, KernelState.STAGED):
+            await refused(Conflict, "UNLAWFUL_TRANSITION", world.library.move_kernel(kernel.id, state, OPERATOR, "try"))
+
+    async def test_nobody_else_validates(self, world: World) -> None:
+        """A verdict from anyone but urabrask is refused, however well it is signed, and changes nothing."""
+        kernel = await world.staged()
+        await world.register()
+        lease = await world.lease(WorkKind.EVALUATE)
+        outcome = world.judged(statement_over(kernel.id))
+        for role in set(Role) - {Role.URABRASK}:
+            by = Identity("mallory", role)
+            await refused(Forbidden, "NOT_THE_EVALUATOR", world.library.desk.complete(lease.id, outcome, by))
+        assert KernelState.STAGED == (await world.library.get_kernel(kernel.id)).state
+        validated = await world.library.desk.complete(lease.id, outcome, JUDGE)
+        assert KernelState.VALIDATED == validated.state
+
+    async def test_verdicts_that_do_not_count(self, world: World) -> None:
+        """Unknown key, revoked key, turned bit, other kernel, other fields, failed check: each is named and refused."""
+        kernel = await world.staged()
+        lease = await world.lease(WorkKind.EVALUATE)
+        good = statement_over(kernel.id)
+        unknown = await refused(
+            InvalidInput, "VERDICT_INVALID", world.library.desk.complete(lease.id, world.judged(good), JUDGE)
+        )
+        assert "which is not trusted here" in unknown.public
+        await world.register()
+        revoked = SigningKey.generate()
+        await world.library.register_key(revoked.public.key_id, revoked.public.raw, JUDGE, revoked=True)
+        turned = world.judged(good)
+        cases = {
+            "was revoked": world.judged(good, revoked),
+            "does not fit the statement": replace(turned, verdict=tampered(turned.verdict)),
+            "it is about kernel sha256:0": world.judged(statement_over("sha256:" + "0" * 64)),
+            "say something else": replace(turned, claimed=replace(good, tags=("latency:slow",))),
+            "a check failed or none was run": world.judged(replace(good, checks=())),
+            "no time zone": resigned(world.judged(good), good.to_bytes().replace(b"+00:00", b""), world.key),
+            "found": resigned(world.judged(good), b"no statement", world.key),
+            "more than 32 tags": world.judged(replace(good, tags=tuple(map(str, range(33))))),
+            "more than 64 checks": world.judged(replace(good, checks=good.checks * 65)),
+        }
+        for words, outcome in cases.items():
+            error = await refused(
+                InvalidInput, "VERDICT_INVALID", world.library.desk.complete(lease.id, outcome, JUDGE)
+            )
+            assert words in error.public
+        assert KernelState.STAGED == (await world.library.get_kernel(kernel.id)).state
+        await world.library.desk.complete(lease.id, world.judged(good), JUDGE)
+
+    async def test_outcomes_must_be_of_the_kind(self, world: World) -> None:
+        """An evaluation does not end with a kernel id."""
+        kernel = await world.staged()
+        lease = await world.lease(WorkKind.EVALUATE)
+        await refused(InvalidInput, "OUTCOME_MISMATCH", world.library.desk.complete(lease.id, Built(kernel.id), JUDGE))
+
+    async def test_an_evaluation_given_up_can_be_asked_for_again(self, world: World) -> None:
+        """A kernel whose gauntlet broke down stays STAGED; requesting its build with retry queues it again."""
+        kernel = await world.staged()
+        lease = await world.lease(WorkKind.EVALUATE)
+        result = await world.library.desk.complete(lease.id, Failed("no sandbox", retryable=False), JUDGE)
+        assert KernelState.STAGED == result.state
+        nothing = Request(kind=WorkKind.EVALUATE, holder="x")
+        assert () == await world.library.desk.lease(nothing, JUDGE)
+        await world.order(kernel.blueprint_id, retry=True)
+        assert kernel.id == (await world.lease(WorkKind.EVALUATE)).subject_id
+        await world.order(kernel.blueprint_id, retry=True)  # held by somebody: stays as it is
+        assert () == await world.library.desk.lease(nothing, JUDGE)
+
+    async def test_keys(self, world: World) -> None:
+        """A key is registered once, under its own name; revoking lasts."""
+        key = world.key.public
+        first = await world.library.register_key(key.key_id, key.raw, JUDGE, revoked=False)
+        world.clock.advance(1)
+        assert first == await world.library.register_key(key.key_id, key.raw, JUDGE, revoked=False)
+        assert (await world.library.register_key(key.key_id, key.raw, JUDGE, revoked=True)).revoked
+        assert (await world.library.register_key(key.key_id, key.raw, JUDGE, revoked=False)).revoked
+        other = SigningKey.generate().public
+        await refused(
+            InvalidInput, "KEY_ID_MISMATCH", world.library.register_key(key.key_id, other.raw, JUDGE, revoked=False)
+        )
+        await world.library.register_key(other.key_id, other.raw, JUDGE, revoked=False)
+        assert [key.key_id, other.key_id] == [one.key_id for one in await world.library.keys()]
+
+    async def test_a_name_with_another_key_is_refused(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two keys whose names collide are not mixed up: the first one keeps the name."""
+        key, other = world.key.public, SigningKey.generate().public
+        await world.library.register_key(key.key_id, key.raw, JUDGE, revoked=False)
+        # A collision of 64 bits cannot be had in a test: the check of the name is taken away.
+        monkeypatch.setattr("esper.urza.library.check_key", lambda *_: None)
+        await refused(
+            AlreadyExists, "KEY_DIFFERS", world.library.register_key(key.key_id, other.raw, JUDGE, revoked=False)
+        )
+
+
+class TestKernels:
+    """Upload, search, lineage, end of life."""
+
+    async def test_the_same_bundle_again_returns_the_kernel_stored(self, world: World) -> None:
+        """An upload may be sent again, even after the judgement."""
+        build = await world.order()
+        kernel = await world.staged(build, b"bundle")
+        validated = await world.judge(kernel)
+        assert validated == await world.upload(build, b"bundle")
+        assert () == await world.library.desk.lease(Request(kind=WorkKind.EVALUATE, holder="x"), JUDGE)
+
+    async def test_a_bundle_that_is_not_what_the_build_asked_for(self, world: World) -> None:
+        """Blueprint, signature, tier, target and birth must be those of the build; each difference is named."""
+        build = await world.order(tier=Tier.STANDARD, target=TARGET)
+        error = await refused(
+            InvalidInput,
+            "KERNEL_MISMATCH",
+            world.upload(build, signature=replace(SIGNATURE, in_features=3), tier=Tier.PORTABLE, target="elsewhere"),
+        )
+        for word in ("signature", "tier", "target"):
+            assert word in error.public
+        await refused(NotFound, "BUILD_NOT_FOUND", world.upload(build, build_id="sha256:" + "0" * 64))
+        # The same bytes cannot be the kernel of two different orders.
+        other = await world.order(build.blueprint_id, signature=replace(SIGNATURE, in_features=4))
+        await world.upload(build, b"bundle")
+        await refused(InvalidInput, "KERNEL_MISMATCH", world.upload(other, b"bundle"))
+
+    async def test_a_digest_that_does_not_fit_leaves_nothing(self, world: World) -> None:
+        """An upload whose bytes have another digest than announced is not visible, and its bytes are gone."""
+        build = await world.order()
+        await refused(Corrupt, "DIGEST_MISMATCH", world.upload(build, b"bundle", id="sha256:" + "0" * 64))
+        await refused(InvalidInput, "BLOB_MALFORMED", world.upload(build, b"bundle", size_bytes=7))
+        assert () == (await world.library.list_kernels(KernelQuery(), limit=10, before=None)).entries
+
+    async def test_end_of_life(self, world: World) -> None:
+        """A validated kernel can be archived and quarantined; a quarantined one is no longer served."""
+        kernel = await world.validated()
+        assert kernel == await world.library.open_kernel(kernel.id)
+        await refused(
+            Forbidden,
+            "ROLE_NOT_ENTITLED",
+            world.library.move_kernel(kernel.id, KernelState.ARCHIVED, JUDGE, "not mine to do"),
+        )
+        archived = await world.library.move_kernel(kernel.id, KernelState.ARCHIVED, OPERATOR, "old")
+        assert archived == await world.library.move_kernel(kernel.id, KernelState.ARCHIVED, OPERATOR, "again")
+        assert archived == await world.library.open_kernel(kernel.id)
+        gone = await world.library.move_kernel(kernel.id, KernelState.QUARANTINED, JUDGE, "diverges")
+        assert KernelState.QUARANTINED == gone.state
+        await refused(Conflict, "KERNEL_QUARANTINED", world.library.open_kernel(kernel.id))
+        lineage = await world.library.lineage(kernel.id)
+        assert ("diverges", "old") == (lineage.transitions[-1].reason, lineage.transitions[-2].reason)
+        await refused(NotFound, "KERNEL_NOT_FOUND", world.library.open_kernel("sha256:" + "0" * 64))
+
+    async def test_lineage_leads_to_the_ancestors(self, world: World) -> None:
+        """The ancestors come nearest first, each once, however their lines meet."""
+        root = await world.submit("root")
+        left, right = await world.submit("left", [root]), await world.submit("right", [root])
+        child = await world.submit("child", [left, right, left])
+        build = await world.order(child)
+        kernel = await world.staged(build)
+        lineage = await world.library.lineage(kernel.id)
+        assert [child, left, right, root] == [blueprint.id for blueprint in lineage.blueprints]
+        assert (build.id, kernel) == (lineage.build.id, lineage.kernel)
+        assert (left, right) == lineage.blueprints[0].parent_ids
+
+    async def test_found_by_prefix(self, world: World) -> None:
+        """Eight digits lead to a kernel; fewer, or ones that nothing has, do not."""
+        kernel = await world.staged()
+        assert kernel.id == (await world.library.get_kernel(kernel.id[:15])).id
+        for wrong in (kernel.id[:14], "sha256:" + "0" * 8, "low_rank"):
+            await refused(NotFound, "KERNEL_NOT_FOUND", world.library.get_kernel(wrong))
+
+    async def test_search(self, world: World) -> None:
+        """Every condition of a listing chooses what it says, and all of them hold together."""
+        blueprint_id = await world.submit(tags=("handmade",))
+        wide = replace(SIGNATURE, in_features=64)
+        fast = await world.validated(await world.order(blueprint_id))
+        build = await world.order(blueprint_id, signature=wide, tier=Tier.STANDARD, target=TARGET)
+        lease = await world.lease(WorkKind.COMPILE)
+        slow = await world.upload(build, parameters=5000)
+        await world.library.desk.complete(lease.id, Built(slow.id), FORGE)
+        slow = await world.judge(slow, measurements=(), tags=("latency:slow", "handmade"))
+        staged = await world.staged(await world.order(await world.submit("other"), signature=wide))
+        expected: dict[KernelQuery, list[Kernel]] = {
+            KernelQuery(): [staged, slow, fast],
+            KernelQuery(states=frozenset(KernelState)): [staged, slow, fast],
+            KernelQuery(states=frozenset({KernelState.VALIDATED})): [slow, fast],
+            KernelQuery(states=frozenset({KernelState.VALIDATED, KernelState.STAGED})): [staged, slow, fast],
+            KernelQuery(states=frozenset({KernelState.ARCHIVED})): [],
+            KernelQuery(signatures=frozenset({wide})): [staged, slow],
+            KernelQuery(signatures=frozenset({wide, SIGNATURE})): [staged, slow, fast],
+            KernelQuery(signatures=frozenset(replace(SIGNATURE, in_features=n) for n in range(1, 40))): [fast],
+            KernelQuery(target=TARGET): [staged, slow, fast],
+            KernelQuery(target="cuda/nvidia/sm_90/torch-2.13"): [staged, fast],
+            KernelQuery(blueprint_id=blueprint_id): [slow, fast],
+            KernelQuery(tier=Tier.STANDARD): [slow],
+            KernelQuery(tags=frozenset({"latency:fast"})): [fast],
+            KernelQuery(tags=frozenset({"latency:fast", "latency:slow"})): [],
+            KernelQuery(tags=frozenset({"handmade"})): [slow, fast],
+            KernelQuery(max_parameters=100): [staged, fast],
+            KernelQuery(max_latency_us=12.5): [fast],
+            KernelQuery(max_latency_us=12.4): [],
+            KernelQuery(max_memory_bytes=4096): [fast],
+            KernelQuery(max_memory_bytes=4095): [],
+            KernelQuery(causal_only=True): [staged, slow, fast] if make_ir().causal else [],
+            KernelQuery(states=frozenset({KernelState.VALIDATED}), signatures=frozenset({wide})): [slow],
+        }
+        for query, kernels in expected.items():
+            page = await world.library.list_kernels(query, limit=10, before=None)
+            assert [kernel.id for kernel in kernels] == [kernel.id for kernel in page.entries], query
+        first = await world.library.list_kernels(KernelQuery(), limit=2, before=None)
+        assert first.more
+        rest = await world.library.list_kernels(KernelQuery(), limit=2, before=first.entries[-1].sequence)
+        assert ([staged.id, slow.id, fast.id], False) == ([k.id for k in (*first.entries, *rest.entries)], rest.more)
+
+
+class TestChanges:
+    """The log of everything."""
+
+    async def test_numbers_have_no_gaps_and_states_are_those_of_their_time(self, world: World) -> None:
+        """The log tells each step in order, with its subject as it was then, and nothing of what was rolled back."""
+        kernel = await world.validated()
+        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.order("sha256:" + "0" * 64))
+        await world.library.archive_blueprint(kernel.blueprint_id)
+        changes = await world.library.store.read(lambda connection: log.changes_after(connection, 0, limit=100))
+        assert list(range(1, len(changes) + 1)) == [change.sequence for change in changes]
+        told = [(type(change.subject), change.subject.state) for change in changes]
+        from esper.urza.builds import Build
+
+        assert [
+            (Blueprint, BlueprintState.ACTIVE),
+            (Build, BuildState.QUEUED),
+            (Build, BuildState.LEASED),
+            (Kernel, KernelState.STAGED),
+            (Build, BuildState.SUCCEEDED),
+            (Kernel, KernelState.VALIDATED),
+            (Blueprint, BlueprintState.ARCHIVED),
+        ] == told
+        staged, validated = changes[3].subject, changes[5].subject
+        assert isinstance(staged, Kernel)
+        assert isinstance(validated, Kernel)
+        assert (None, statement_over(kernel.id)) == (staged.statement, validated.statement)
+
+    async def test_concurrent_writers_leave_no_gap(self, world: World) -> None:
+        """Many writers at once: every number from one to the last is there."""
+        await asyncio.gather(*(world.submit(f"b{number}") for number in range(25)))
+        changes = await world.library.store.read(lambda connection: log.changes_after(connection, 0, limit=100))
+        assert list(range(1, 26)) == [change.sequence for change in changes]
+
+    async def test_everything_survives_a_restart(self, database_url: str, tmp_path: Path) -> None:
+        """What one server stored, the next one serves: kernels, leases, keys, numbers, identity."""
+        async with open_world(database_url, tmp_path) as before:
+            kernel = await before.validated()
+            builds = await before.orders(2)
+            lease = await before.lease(WorkKind.COMPILE)
+            head = await before.library.store.read(log.head)
+            identity = before.library.store.library_id
+        async with open_world(database_url, tmp_path) as after:
+            assert identity == after.library.store.library_id
+            assert head == await after.library.store.read(log.head)
+            assert kernel == await after.library.get_kernel(kernel.id)
+            failed = Failed("stopped", retryable=True)
+            assert BuildState.QUEUED == (await after.library.desk.complete(lease.id, failed, FORGE)).state
+            assert builds[0].id == (await after.lease(WorkKind.COMPILE)).subject_id
+            pieces = [piece async for piece in after.library.read_bundle(kernel)]
+            assert kernel.size_bytes == sum(map(len, pieces))
