@@ -1,0 +1,102 @@
+"""The training process's desk: words from the service come in, status and events go out, all on a thread of its own.
+
+The training thread sets and reads plain attributes; files are touched by the desk's thread only. Status is coalesced (the
+newest counts), events are kept until written, up to a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from esper.mesh.errors import EsperError
+from esper.mesh.logging import get_logger
+
+if TYPE_CHECKING:
+    from esper.tolaria.core import Status
+    from esper.tolaria.rundir import RunDir
+
+__all__ = ["Desk"]
+
+_log = get_logger(__name__)
+_PERIOD_S = 0.1
+_MAX_EVENTS = 10_000
+
+
+class Desk:
+    """Files of a running process.
+
+    Args:
+        run_dir: the run.
+        attempt: commands for other attempts are not ours.
+    """
+
+    def __init__(self, run_dir: RunDir, attempt: int) -> None:
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._status: Status | None = None
+        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._guard = threading.Lock()
+        self._stop = threading.Event()
+        self._command = ""
+        self._thread = threading.Thread(target=self._work, name="desk", daemon=True)
+
+    def start(self) -> None:
+        """Begin; a command that was given before is seen at once."""
+        self._read_command()
+        self._thread.start()
+
+    @property
+    def command(self) -> str:
+        """``pause``, ``stop`` or nothing."""
+        return self._command
+
+    def ask(self, word: str) -> None:
+        """Give a command from inside the process; for signal handlers."""
+        self._command = self._command or word
+
+    def say(self, status: Status) -> None:
+        """Replace the status, within a tenth of a second."""
+        with self._guard:
+            self._status = status
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Add a line to ``events.jsonl``; fields are plain data."""
+        line = {"time": datetime.now(UTC).isoformat(), "attempt": self._attempt, "kind": kind, **fields}
+        with self._guard:
+            self._events.append(line)
+
+    def close(self, last: Status | None = None) -> None:
+        """Write everything, the last status durably, and end the thread."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._write()
+        if last is not None:
+            self._run_dir.write_status(last, durable=True)
+
+    def _work(self) -> None:
+        while not self._stop.wait(_PERIOD_S):
+            try:
+                self._read_command()
+                self._write()
+            except (OSError, EsperError) as error:  # a full disk must not end the training
+                _log.warning("desk cannot reach the run's folder", error=str(error))
+
+    def _read_command(self) -> None:
+        command = self._run_dir.command()
+        if command is not None and command.attempt == self._attempt:
+            self._command = command.word
+
+    def _write(self) -> None:
+        with self._guard:
+            status, self._status = self._status, None
+            events, self._events = list(self._events), deque(maxlen=_MAX_EVENTS)
+        if events:
+            with (self._run_dir.path / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, default=str) + "\n" for line in events)
+        if status is not None:
+            self._run_dir.write_status(status)
