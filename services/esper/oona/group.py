@@ -133,6 +133,12 @@ class Group:
             while room and size < most_bytes and (items := cursor.take(now, min(room, 16))):
                 room -= len(items)
                 for item in items:
+                    if self._spent(item):
+                        # Its last attempt was under way when the server went down: it counts.
+                        item.attempts -= 1
+                        cursor.hold(item)
+                        self.exhausted.append(Exhausted(cursor, item, "no answer before the server restarted"))
+                        continue
                     size += len(item.event.data)
                     number = member.next_id
                     member.next_id = number + 1
@@ -227,6 +233,9 @@ class Group:
             self.exhausted.append(Exhausted(cursor, item, cause))
         else:
             cursor.retry(item, due)
+
+    def _spent(self, item: Item) -> bool:
+        return self._policy.max_attempts is not None and item.attempts > self._policy.max_attempts
 
     def _moving(self, cursor: Cursor) -> bool:
         return self._owner[cursor.partition] is not self._target[cursor.partition]

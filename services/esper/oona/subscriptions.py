@@ -101,6 +101,8 @@ class GroupSubscription:
                 broker.feed(self._state, group.readable(member))
                 before = group.redelivered
                 batch = group.poll(member, broker.now(), options.delivery_events, options.delivery_bytes)
+                if group.exhausted:
+                    broker.settle(self._state)
                 if batch:
                     broker.counters.delivered[self._key] += len(batch)
                     if again := group.redelivered - before:
