@@ -1,7 +1,7 @@
 """Finds out by experiment whether a model's positions must not see later ones.
 
-The last position of the input is changed and everything else kept: where the output at earlier positions stays as it was, the
-model is causal, and a seed that mixed positions both ways would leak the future into its training.
+The last position of the input is changed and everything else kept: where the output at earlier positions stays as it
+was, the model is causal, and a seed that mixed positions both ways would leak the future into its training.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ __all__ = ["is_causal"]
 def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """True where the model gives an output for every position and none depends on a later input.
 
-    Runs two forwards in evaluation mode without gradients; flags, buffers and random state are as before afterwards. A model
-    whose output has no positions (a classifier of sequences) is not causal: there, later positions may be seen.
+    Runs two forwards in evaluation mode without gradients; flags, buffers and random state are as before afterwards.
+    A model whose output has no positions (a classifier of sequences) is not causal: there, later positions may be
+    seen.
     """
     x = first_tensor(args, kwargs)
     if x is None or x.dim() < 2 or x.shape[1] < 2:

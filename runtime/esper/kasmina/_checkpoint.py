@@ -1,7 +1,7 @@
 """Saves and restores a session: tensors and JSON types, no pickled code, exact.
 
-Order when a run is resumed: `Growth.load_state_dict` first, since it puts the seeds' modules into the model and their groups
-into the optimizer, then the model's, the optimizer's and the schedulers' own ``load_state_dict``.
+Order when a run is resumed: `Growth.load_state_dict` first, since it puts the seeds' modules into the model and their
+groups into the optimizer, then the model's, the optimizer's and the schedulers' own ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from esper.kasmina._lifecycle import load_failure
+from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
 from esper.kasmina.attach import Attachment
 from esper.kasmina.control import Counterfactual, Stage
@@ -53,8 +53,8 @@ def save(growth: Growth) -> dict[str, Any]:
         "detector": life.detector.state_dict(),
         "watched": list(life.watched),
         "snapshot": None if life.snapshot is None else life.snapshot.state_dict(),
-        "health": None if growth.sampler is None else growth.sampler.document(),
-        "gradient_norm": growth.host_gradient_norm,
+        "health": None if growth.observation.sampler is None else growth.observation.sampler.document(),
+        "gradient_norm": growth.observation.gradient_norm,
         "records": growth.lineage(),
     }
 
@@ -104,9 +104,9 @@ def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mappi
     growth.counters.update(state["counters"])
     growth.losses.total, growth.losses.count = state["losses"]
     growth.records[:] = state["records"]
-    growth.host_gradient_norm = state["gradient_norm"]
+    growth.observation.gradient_norm = state["gradient_norm"]
     if not sites:
-        growth.look(None)
+        growth.observation.look(None)
         return
     life = growth.life
     life.settle(sites, SeedLayout.from_document(state["layout"]))
@@ -116,15 +116,15 @@ def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mappi
     life.detector.load_state_dict(state["detector"])
     life.watched = list(state["watched"])
     life.snapshot = None if state["snapshot"] is None else HostSnapshot.from_state_dict(state["snapshot"])
-    growth.begin()
-    assert growth.sampler is not None
+    growth.observation.begin()
+    assert growth.observation.sampler is not None
     if state["health"] is not None:
-        growth.sampler.restore(state["health"])
+        growth.observation.sampler.restore(state["health"])
     _lock(growth, locked)
     for run in life.runs.values():
         if life.stage(run.index) is Stage.LOADING:
             growth.plane.request_kernel(run.choice.kernel_id, run.site.descriptor.signature)
-    growth.arm_sample()
+    growth.observation.arm(growth.steps)
 
 
 def _check_sites(growth: Growth, sites: tuple[Site, ...]) -> None:
@@ -168,7 +168,7 @@ def _clear(growth: Growth) -> None:
         life.take_out(run)
     life.runs.clear()
     life.unwatch(-1)
-    growth.reset_watch()
+    growth.observation.reset()
 
 
 def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, KernelLike]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esper.kasmina import seeds
-from esper.kasmina._lifecycle import load_failure
+from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun
 from esper.kasmina.control import Action, Decision, Stage
 from esper.kasmina.seeds import Reason
@@ -75,7 +75,7 @@ class Decider:
             except Exception as error:  # noqa: BLE001  # a wrong decision, or a kernel that fails here, must not stop training
                 reasons = [Reason("OTHER", load_failure(error))]
                 self._give_up(decision.seed, reasons[0].text)
-        known = isinstance(decision.seed, int) and 0 <= decision.seed < len(self._life.layout)
+        known = 0 <= decision.seed < len(self._life.layout)
         stage = self._life.stage(decision.seed) if known else Stage.DORMANT
         return Applied(decision, stage, tuple(reasons))
 
@@ -84,7 +84,7 @@ class Decider:
         text = ""
         if decision.boundary != boundary:
             text = f"decision {decision.decision_id}: expected boundary {boundary}, found {decision.boundary}"
-        elif not isinstance(decision.seed, int) or not 0 <= decision.seed < count:
+        elif not 0 <= decision.seed < count:
             text = f"decision {decision.decision_id}: expected a seed from 0 to {count - 1}, found {decision.seed}"
         return [Reason("OTHER", text)] if text else []
 

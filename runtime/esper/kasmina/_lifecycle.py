@@ -1,33 +1,34 @@
 """Carries seeds through their lives: asks the gates, attaches and detaches, gives and takes optimizer groups.
 
-All that touches the host goes through here, so every way out (cull, cancel, rollback) undoes the same things in one place.
+All that touches the host goes through here, so every way out (cull, cancel, rollback) undoes the same things in one
+place.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from esper.kasmina import seeds
-from esper.kasmina._seed import KernelLike, SeedRun
+from esper.kasmina import _facts, seeds
 from esper.kasmina.attach import Attachment, SeedModule
-from esper.kasmina.blending import Blend, Signals, resolve
+from esper.kasmina.blending import Blend, resolve
 from esper.kasmina.control import Outcome, Stage
 from esper.kasmina.isolation import IsolationTrainer, birth_check
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.newborn import NewbornGroups
 from esper.kasmina.seeds import Reason
 from esper.kasmina.spikes import HostSnapshot, SpikeDetector
-from esper.mesh.errors import Conflict, EsperError
+from esper.mesh.errors import Conflict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from esper.kasmina._seed import KernelLike, SeedRun
     from esper.kasmina.config import Config
     from esper.kasmina.control import KernelChoice
     from esper.kasmina.sites import Site
@@ -72,9 +73,7 @@ class Lifecycle:
         host = sum(p.numel() for p in model.parameters())
         self.host_parameters = host
         self.budget = host if config.parameter_budget is None else config.parameter_budget
-        self._statistics = any(
-            isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules()
-        )  # noqa: SLF001  # no public base
+        self._settle_steps = config.settle_steps if _facts.has_statistics(model) else 0
         self._on_transition = on_transition
         self._on_end = on_end
 
@@ -143,63 +142,19 @@ class Lifecycle:
         if to is Stage.TRAINING:
             return [] if run.kernel is not None else [Reason("KERNEL_PENDING", "the kernel is not loaded yet")]
         if to is Stage.GRAFTING:
-            return seeds.g1_learning(self._learning(run))
+            return seeds.g1_learning(_facts.learning(run, self.config))
         if to is Stage.STABILIZING:
-            return seeds.g2_stability(self._graft(run))
+            return seeds.g2_stability(_facts.graft(run, self.config, self._steps(run)))
         if to is Stage.EVALUATING:
-            return seeds.g3_interface(self._interface(run))
+            return seeds.g3_interface(_facts.interface(run, self.groups, self._steps(run), self._settle_steps))
         if to is Stage.FOSSILIZED:
-            return seeds.g4_impact(self._impact(run))
+            return seeds.g4_impact(
+                _facts.impact(run, self.config, self._steps(run), int(self.layout.boundaries_in_stage[run.index]))
+            )
         return []
 
-    def _learning(self, run: SeedRun) -> seeds.LearningFacts:
-        finite, norm = run.birth_finite, run.birth_gradient
-        if run.isolation is not None:
-            run.isolation_gain, run.held_out, norm = run.isolation.measure()
-            finite = finite and run.isolation.finite
-        return seeds.LearningFacts(
-            finite=finite and not run.failure,
-            gradient_norm=norm,
-            gradient_limit=self.config.gradient_limit,
-            needs_isolation=run.isolation is not None,
-            isolation_gain=run.isolation_gain,
-            held_out=run.held_out,
-            min_held_out=self.config.isolation_min_held_out,
-        )
-
-    def _graft(self, run: SeedRun) -> seeds.GraftFacts:
-        assert run.attachment is not None
-        assert run.blend is not None
-        ratio = run.attachment.seed.ratio
-        return seeds.GraftFacts(
-            ramp_complete=run.blend.complete,
-            steps=int(self.layout.steps_in_stage[run.index]),
-            min_steps=self.config.min_graft_steps,
-            spikes=run.spikes,
-            drift=None if ratio is None else float(ratio),
-            drift_limit=self.config.drift_limit,
-        )
-
-    def _interface(self, run: SeedRun) -> seeds.InterfaceFacts:
-        now = _shapes(run.module)
-        return seeds.InterfaceFacts(
-            groups_per_parameter=self.groups.memberships(run.module.parameters()),
-            changed=tuple(name for name, form in run.shapes.items() if now.get(name) != form),
-            steps=int(self.layout.steps_in_stage[run.index]),
-            settle_steps=self.config.settle_steps if self._statistics else 0,
-        )
-
-    def _impact(self, run: SeedRun) -> seeds.ImpactFacts:
-        config = self.config
-        price = config.price_per_million_parameters * run.parameters / 1e6 + config.price_per_gigaflop * run.flops / 1e9
-        return seeds.ImpactFacts(
-            counterfactual=run.counterfactual,
-            price=price,
-            boundaries=int(self.layout.boundaries_in_stage[run.index]),
-            min_boundaries=config.probation_boundaries,
-            steps=int(self.layout.steps_in_stage[run.index]),
-            min_steps=config.probation_steps,
-        )
+    def _steps(self, run: SeedRun) -> int:
+        return int(self.layout.steps_in_stage[run.index])
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +189,7 @@ class Lifecycle:
         run.birth = str(getattr(manifest.birth, "value", manifest.birth))
         run.parameters = sum(p.numel() for p in delta.parameters())
         run.flops = float(manifest.flops_per_position * torch.Size(run.site.extent or (1,)).numel())
-        run.shapes = _shapes(delta)
+        run.shapes = _facts.shapes(delta)
         return SeedModule(delta, run.site)
 
     def _train(self, run: SeedRun) -> None:
@@ -327,25 +282,12 @@ class Lifecycle:
         return self._to_dormant(self.runs[seed])
 
     def _to_dormant(self, run: SeedRun) -> list[Reason]:
-        reasons = seeds.g5_reset(self.leftovers(run))
+        reasons = seeds.g5_reset(_facts.leftovers(run, self.model, self.optimizer))
         if not reasons:
             self._enter(run, Stage.DORMANT)
             self.layout.closed_boundaries[run.index] = 0
             del self.runs[run.index]
         return reasons
-
-    def leftovers(self, run: SeedRun) -> seeds.ResetFacts:
-        """What is still there of a seed."""
-        from esper.kasmina.attach import child_name
-        from esper.kasmina.newborn import MARK
-
-        name = child_name(run.index)
-        return seeds.ResetFacts(
-            parameters=sum(name in path.split(".") for path, _ in self.model.named_parameters()),
-            optimizer_entries=sum(group.get(MARK) == run.index for group in self.optimizer.param_groups),
-            hooks=0 if run.attachment is None else len(run.attachment.handles),
-            cache_entries=sum(part is not None for part in (run.attachment, run.isolation, run.blend, run.kernel)),
-        )
 
     def roll_back(self, why: str) -> tuple[list[SeedRun], bool]:
         """Take out every watched newborn and restore the snapshot; returns them, and whether the host was restored."""
@@ -406,31 +348,4 @@ class Lifecycle:
                 capture, seed.capture = seed.capture, None
                 run.isolation.step(capture)
             elif run.blend is not None:
-                run.blend.step(self._signals(run, loss))
-
-    def _signals(self, run: SeedRun, loss: Tensor | None) -> Signals:
-        assert run.attachment is not None
-        assert run.blend is not None
-        newborn = host = None
-        if run.blend.needs_host_gradient:
-            norm = self.groups.gradient_norm(run.index)
-            newborn = None if norm is None else norm / max(1, run.parameters) ** 0.5
-            host = _rms_gradient([p for name, p in self.model.named_parameters() if "esper_seed_" not in name])
-        return Signals(loss=loss, drift=run.attachment.seed.ratio, newborn_gradient=newborn, host_gradient=host)
-
-
-def _rms_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return None
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm / sum(g.numel() for g in gradients) ** 0.5
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {name: (tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()}
-
-
-def load_failure(error: Exception) -> str:
-    """One sentence of why a kernel could not be had."""
-    return error.public if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"
+                run.blend.step(_facts.signals(run, self.model, self.groups, loss))

@@ -28,7 +28,7 @@ class LossReader:
         """Take the loss of one step."""
         if isinstance(loss, Tensor) and loss.device.type == "cuda":
             copy = loss.detach().float().mean().to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves its events untyped
             event.record()
             self._pending.append((copy, event))
         else:
@@ -40,7 +40,7 @@ class LossReader:
         Args:
             wait: for all of them; at boundaries.
         """
-        while self._pending and (wait or self._pending[0][1].query()):
+        while self._pending and (wait or self._pending[0][1].query()):  # type: ignore[no-untyped-call]  # likewise
             copy, event = self._pending.popleft()
             event.synchronize()
             self._ready.append(float(copy))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable
 
     from esper.kasmina.control import Advice, BoundaryState, ControlPlane, FieldReport, HealthColumns, RunHello
     from esper.kasmina.signature import Signature
 
-__all__ = ["GuardedPlane"]
+__all__ = ["GuardedPlane", "load_failure"]
 
 _log = get_logger("esper.kasmina.growth")
 
@@ -84,3 +84,8 @@ class GuardedPlane:
     def close(self, timeout_s: float) -> None:
         """Let go."""
         self._try("close", lambda plane: plane.close(timeout_s))
+
+
+def load_failure(error: Exception) -> str:
+    """One sentence of why a kernel could not be had."""
+    return error.public if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"

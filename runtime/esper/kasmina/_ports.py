@@ -5,9 +5,8 @@ Legend: N batch, C features, T positions, H W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from esper.kasmina.signature import Layout
 
-__all__ = ["Port", "fit", "first_tensor", "replace_first", "why_no_tensor"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Port", "first_tensor", "fit", "replace_first", "why_no_tensor"]
 
 _BY_RANK = {2: Layout.VECTOR, 3: Layout.SEQUENCE, 4: Layout.IMAGE}
 

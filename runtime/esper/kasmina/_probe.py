@@ -1,7 +1,7 @@
 """Watches one forward of a model without effect: which module was called when, with what, giving what.
 
-Hooks stand on the model's inner modules only while that one forward runs, and only where gradients are enabled: the fast
-paths of attention, which look for hooks, are not taken then anyway.
+Hooks stand on the model's inner modules only while that one forward runs, and only where gradients are enabled: the
+fast paths of attention, which look for hooks, are not taken then anyway.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Recorder:
 class ForwardWatch:
     """Arms the model's next forward with gradients enabled: `enter` installs hooks, `leave` follows when it is over.
 
-    The hooks that `enter` returns are removed as soon as that forward ends, also when it raises; then `leave` gets None and
-    the watch stays armed for the next one.
+    The hooks that `enter` returns are removed as soon as that forward ends, also when it raises; then `leave` gets
+    None and the watch stays armed for the next one.
 
     Args:
         model: whose forward to watch.

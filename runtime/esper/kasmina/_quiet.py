@@ -21,7 +21,8 @@ __all__ = ["preserved_random_state", "untouched"]
 def preserved_random_state() -> Iterator[None]:
     """Give back the state of torch's (CPU and initialised CUDA), NumPy's and Python's generators."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # validation code of users draws from it
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    running = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    devices = list(range(torch.cuda.device_count())) if running else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

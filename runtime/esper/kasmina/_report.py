@@ -62,7 +62,7 @@ def hello(growth: Growth) -> RunHello:
 def boundary_state(growth: Growth, validation: Validation) -> BoundaryState:
     """How things stand; reads the device, which is in order at a boundary."""
     groups = host_groups(growth.optimizer)
-    sampler = growth.sampler
+    sampler = growth.observation.sampler
     flops = growth.config.flops_per_sample
     grown = sum(run.flops for run in growth.life.runs.values() if run.attachment is not None)
     return BoundaryState(
@@ -74,7 +74,7 @@ def boundary_state(growth: Growth, validation: Validation) -> BoundaryState:
         validation_loss=_known(validation.loss),
         validation_accuracy=_known(validation.accuracy),
         learning_rate=float(groups[0]["lr"]) if groups else None,
-        gradient_norm=growth.host_gradient_norm,
+        gradient_norm=growth.observation.gradient_norm,
         parameters_added=growth.life.parameters_added,
         flops_per_sample=None if flops is None else flops + grown,
         seconds=growth.seconds,

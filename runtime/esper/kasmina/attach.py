@@ -1,9 +1,10 @@
 """Puts a seed's module into a host in place, by forward hooks and one child module, and takes it out without a trace.
 
-The child is named ``esper_seed_<index>`` and belongs to the module whose output the seed adapts, so its parameters travel
-with ``state_dict``, ``to`` and ``parameters``. A module that iterates over its children in its forward (Sequential, ModuleList,
-ModuleDict, or a forward that calls ``children()`` and the like) must not get another one: then the child belongs to its first
-descendant, in the order of ``named_modules``, that does not iterate. Where no descendant qualifies the site is refused.
+The child is named ``esper_seed_<index>`` and belongs to the module whose output the seed adapts, so its parameters
+travel with ``state_dict``, ``to`` and ``parameters``. A module that iterates over its children in its forward
+(Sequential, ModuleList, ModuleDict, or a forward that calls ``children()`` and the like) must not get another one:
+then the child belongs to its first descendant, in the order of ``named_modules``, that does not iterate. Where no
+descendant qualifies the site is refused.
 
 Hooks are bound methods of the child: ``copy.deepcopy(model)`` gives a copy whose hooks run the copied seed.
 """
@@ -123,7 +124,7 @@ class SeedModule(nn.Module):
             return None
         try:
             scaled = self._to.restore(self.delta(self._features(x, y))) * self.alpha
-        except Exception as error:  # noqa: BLE001  # a kernel that fails on some input must not fail the user's forward
+        except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             if torch.compiler.is_compiling():
                 raise
             self.error = f"{type(error).__name__}: {error}"
@@ -159,7 +160,7 @@ class SeedModule(nn.Module):
             record.gradient = self._to.canonical(gradient.detach())[:rows].clone()
             self.capture = record
 
-        y.register_hook(keep)
+        y.register_hook(keep)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """How alpha goes from 0 to 1 while a seed is grafted: one class per strategy, all arithmetic on the device.
 
-Every strategy advances a progress by ``1 / blend_steps`` per optimizer step when its condition holds, and waits otherwise:
+Every strategy advances a progress by ``1 / blend_steps`` per optimizer step when its condition holds, and waits
+otherwise:
 
 - immediate: alpha is 1 from the first step. For modules that are born at zero output: a ramp would only starve them.
 - fixed ramp: there is no condition.
@@ -8,9 +9,10 @@ Every strategy advances a progress by ``1 / blend_steps`` per optimizer step whe
 - drift: rms(alpha * delta) over rms(y) is at most a limit, so what everything downstream sees moves slowly.
 - gradient norm: the newborn's gradient, per parameter root mean square, is at most `BAND` times that of the host.
 
-Alpha is a device scalar and conditions are tensors, so a ramp costs no synchronisation and a compiled graph no recompilation.
-The host branch is never faded: the blend is ``y + alpha * delta`` throughout. While alpha is below 1 the newborn's parameter
-gradients are divided by it (`newborn.NewbornGroups.compensate`), so a small alpha does not mean a small step.
+Alpha is a device scalar and conditions are tensors, so a ramp costs no synchronisation and a compiled graph no
+recompilation. The host branch is never faded: the blend is ``y + alpha * delta`` throughout. While alpha is below 1
+the newborn's parameter gradients are divided by it (`newborn.NewbornGroups.compensate`), so a small alpha does not
+mean a small step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Measures what a seed is worth: the same network with the seed off and on, on the same held-out batches.
 
-The difference ``loss(off) - loss(on)`` is taken per batch, so that what makes a batch hard cancels. The lower bound of its mean is
-one-sided, by the t distribution of "Student" (W. S. Gosset, *The probable error of a mean*, Biometrika 6, 1908) with n - 1
-degrees of freedom. Its quantile is found by bisection on the regularised incomplete beta function, computed as a
-continued fraction by the modified Lentz method (W. J. Lentz, Applied Optics 15, 1976).
+The difference ``loss(off) - loss(on)`` is taken per batch, so that what makes a batch hard cancels. The lower bound
+of its mean is one-sided, by the t distribution of "Student" (W. S. Gosset, *The probable error of a mean*, Biometrika
+6, 1908) with n - 1 degrees of freedom. Its quantile is found by bisection on the regularised incomplete beta
+function, computed as a continued fraction by the modified Lentz method (W. J. Lentz, Applied Optics 15, 1976).
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def paired(off: Sequence[float], on: Sequence[float], confidence: float = 0.95) 
         confidence: of the one-sided bound.
 
     Returns:
-        None where it can not be measured: fewer than two batches, different numbers of them, or a loss that is not finite.
+        None where it can not be measured: fewer than two batches, different numbers of them, or a loss that is not
+        finite.
     """
     if len(off) != len(on) or len(on) < 2 or not all(map(math.isfinite, (*off, *on))):
         return None

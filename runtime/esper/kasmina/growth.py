@@ -11,10 +11,12 @@ Typical use::
     growth.close()
 
 ``validate`` is a callable without arguments that runs the held-out data, in the same order each time, and returns
-``{"loss": [one per batch], "accuracy": ...}``; growth calls it again with a seed switched off to measure what the seed is worth.
-With a mapping of finished numbers instead nothing can be measured, and seeds stay in FINE_TUNING: missing is missing.
+``{"loss": [one per batch], "accuracy": ...}``; growth calls it again with a seed switched off to measure what the
+seed is worth. With a mapping of finished numbers instead nothing can be measured, and seeds stay in FINE_TUNING:
+missing is missing.
 
-Until the first forward one observing hook stands on the model, afterwards, with dormant seeds, none, except on sampled steps.
+Until the first forward one observing hook stands on the model, afterwards, with dormant seeds, none, except on
+sampled steps.
 """
 
 from __future__ import annotations
@@ -27,19 +29,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esper.kasmina import _checkpoint, _report
-from esper.kasmina._causal import is_causal
 from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader
 from esper.kasmina._measure import Measurer, Validation, read_validation
+from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
-from esper.kasmina._probe import ForwardWatch, Recorder
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
-from esper.kasmina.health import HealthSampler, Worker
-from esper.kasmina.newborn import host_groups
-from esper.kasmina.signature import Layout
-from esper.kasmina.sites import Discovery, discover, matcher, observe
+from esper.kasmina.sites import matcher
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
@@ -85,8 +83,6 @@ class Growth:
         config: options.
     """
 
-    Config = Config
-
     def __init__(
         self,
         model: nn.Module,
@@ -107,23 +103,18 @@ class Growth:
         self.controller_state = b""
         self.counters: Counter[str] = Counter()
         """Refused decisions, failures of the control plane, rollbacks, shed samples, by name."""
-        self.refusals: tuple[Refusal, ...] = ()
         self.last_report: BoundaryReport | None = None
         self.plane = GuardedPlane(plane, self.counters)
         self.life = Lifecycle(model, optimizer, self.config, on_transition=self._transitioned, on_end=self._ended)
         self.measurer = Measurer(model, self.config.confidence, validate)
         self.losses = LossReader()
-        self.worker = Worker()
-        self.sampler: HealthSampler | None = None
+        self.observation = Observation(
+            self.life, optimizer, self.config, select, lambda: self.plane.open(_report.hello(self))
+        )
         self.records: list[dict[str, Any]] = []
-        self.host_gradient_norm: float | None = None
-        """L2 norm of the host's gradient at the last sampled step."""
         self.elapsed_s = 0.0
         self._began = time.monotonic()
         self._decider = Decider(self.life, self.plane, record=self._record, measure=self.measurer.measure)
-        self._select = select
-        self._seen: tuple[Recorder, tuple[Any, ...], Mapping[str, Any]] | None = None
-        self._watch: ForwardWatch | None = None
         self._said: set[str] = set()
         self._closed = False
 
@@ -134,46 +125,10 @@ class Growth:
         """Where the model can grow; empty until its first forward was seen."""
         return self.life.sites
 
-    def look(self, example_inputs: tuple[Any, ...] | None) -> None:
-        """Learn the sites from example inputs now, or from the user's next forward with gradients."""
-        if example_inputs is not None:
-            self._settle(observe(self.model, example_inputs), example_inputs, {})
-            return
-        recorder = Recorder(self.model)
-
-        def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-            self._seen = (recorder, args, kwargs)
-            return recorder.install()
-
-        def leave(output: Any) -> None:
-            if output is None:
-                self._seen = None
-                recorder.calls.clear()
-
-        self._watch = ForwardWatch(self.model, enter, leave)
-
-    def _settle(self, calls: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        config = self.config
-
-        def keep(site: SiteDescriptor) -> bool:
-            allowed = site.granularity in config.granularities and site.kind in config.kinds
-            return allowed and (self._select is None or self._select(site))
-
-        def find(*, causal: bool) -> Discovery:
-            return discover(self.model, calls, select=keep, causal=causal, max_sites=config.max_sites)
-
-        found = find(causal=bool(config.causal))
-        sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
-        if config.causal is None and sequences and is_causal(self.model, args, kwargs):
-            found = find(causal=True)
-        self.refusals = found.refusals
-        self.life.settle(found.sites)
-        self.begin()
-
-    def begin(self) -> None:
-        """With the sites known: announce the run and prepare the health samples."""
-        self.sampler = HealthSampler(self.model, self.sites, self.worker, self.config.sites_per_sample)
-        self.plane.open(_report.hello(self))
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """What can not grow, each with its reason."""
+        return self.observation.refusals
 
     # ---- the three calls of a loop -----------------------------------------------------------------------------------
 
@@ -184,9 +139,7 @@ class Growth:
             loss: training loss of this step, any shape, as the loop has it; it is detached and not waited for.
         """
         self.steps += 1
-        if self._seen is not None:
-            (recorder, args, kwargs), self._seen = self._seen, None
-            self._guard("discovery", lambda: self._settle(recorder.calls, args, kwargs))
+        self._guard("discovery", self.observation.settle)
         self.life.layout.tick()
         if loss is not None:
             self.losses.push(loss)
@@ -200,44 +153,11 @@ class Growth:
                 return
         self._take_out_failed()
         self.life.step(loss)
-        if self._sampling:
-            self._collect()
-        self.arm_sample()
-
-    @property
-    def _sampling(self) -> bool:
-        return self.sampler is not None and self._watch is not None and not self._watch.armed
-
-    def arm_sample(self) -> None:
-        """Have the next forward sampled when it is its turn."""
-        every = self.config.sample_every
-        if self.sampler is None or not every or self.steps % every:
-            return
-        if self._watch is None or not self._watch.armed:
-            sampler = self.sampler
-            for run in self.life.runs.values():
-                if run.attachment is not None and run.blend is None:
-                    run.attachment.seed.measuring = True
-            self._watch = ForwardWatch(self.model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
-
-    def _collect(self) -> None:
-        assert self.sampler is not None
-        self._watch = None
-        self.sampler.collect()
-        self._sample_gradient()
-        job = _report.health_job(self)
-        if job is not None:
-            self.worker.submit(job)
-
-    def _sample_gradient(self) -> None:
-        gradients = [p.grad for group in host_groups(self.optimizer) for p in group["params"] if p.grad is not None]
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-
-            def read() -> None:
-                self.host_gradient_norm = float(norm)
-
-            self.worker.submit(read)
+        if self.observation.collect():
+            job = _report.health_job(self)
+            if job is not None:
+                self.observation.worker.submit(job)
+        self.observation.arm(self.steps)
 
     def _roll_back(self, why: str) -> None:
         blamed, restored = self.life.roll_back(why)
@@ -256,8 +176,8 @@ class Growth:
         """After each validation: tell the controller how things stand, carry out what it decides.
 
         Args:
-            metrics: a mapping (loss, accuracy, epoch; all optional), or a callable without arguments that validates and returns
-                such a mapping with a loss per batch, or the losses alone.
+            metrics: a mapping (loss, accuracy, epoch; all optional), or a callable without arguments that validates
+                and returns such a mapping with a loss per batch, or the losses alone.
             decisions: instead of the controller's; for replays and for growing by hand.
 
         Raises:
@@ -269,16 +189,17 @@ class Growth:
         validation = self._validate(metrics)
         self._guard("collect", self._finish_losses)
         self._guard("measure", self._measure)
-        self.worker.drain(self.config.drain_timeout_s)
+        self.observation.worker.drain(self.config.drain_timeout_s)
         for run in list(self.life.runs.values()):
             self._decider.poll(run)
-        advice, applied = None, []
+        advice: Advice | None = None
+        applied: list[Applied | None] = []
         if self.sites:
             state = _report.boundary_state(self, validation)
             if decisions is None:
                 advice = self._advice(self.plane.advise(state, self.config.advise_deadline_s))
-            for decision in decisions if decisions is not None else advice.decisions if advice else ():
-                applied.append(self._apply(decision))
+            given = decisions if decisions is not None else advice.decisions if advice else ()
+            applied.extend(self._apply(decision) for decision in given)
             self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
         self.measurer.forget()
         report = BoundaryReport(
@@ -373,7 +294,7 @@ class Growth:
         """Growth's own defects must not stop training either: they are logged with their traceback and counted."""
         try:
             action()
-        except Exception:
+        except Exception:  # noqa: BLE001  # training goes on without growth; the log has the traceback
             self.counters[f"failed_{what}"] += 1
             _log.exception("growth failed", where=what)
 
@@ -393,7 +314,7 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that growth must remember, as tensors and JSON types; ``torch.load(weights_only=True)`` reads it."""
-        self.worker.drain(self.config.drain_timeout_s)
+        self.observation.worker.drain(self.config.drain_timeout_s)
         return _checkpoint.save(self)
 
     def load_state_dict(
@@ -407,8 +328,8 @@ class Growth:
 
         Args:
             state: of `state_dict`.
-            kernels: where the kernels in use are: by id, or a function of the id (``KernelCache.obtain``); what is not found
-                there is asked of the control plane, for at most ``config.kernel_timeout_s``.
+            kernels: where the kernels in use are: by id, or a function of the id (``KernelCache.obtain``); what is
+                not found there is asked of the control plane, for at most ``config.kernel_timeout_s``.
             locks: of `locks`, where seeds were rolled back after `state` was taken.
 
         Raises:
@@ -417,20 +338,13 @@ class Growth:
         """
         _checkpoint.load(self, state, kernels, locks or {})
 
-    def reset_watch(self) -> None:
-        """Remove observing hooks; seeds' own hooks stay."""
-        if self._watch is not None:
-            self._watch.disarm()
-            self._watch = None
-        self._seen = None
-
     def close(self, timeout_s: float = 2.0) -> None:
         """End observation and deliver what is buffered; fossilized and living seeds stay in the model as they are."""
         if self._closed:
             return
         self._closed = True
-        self.reset_watch()
-        self.worker.close(timeout_s)
+        self.observation.reset()
+        self.observation.worker.close(timeout_s)
         self.plane.close(timeout_s)
 
     def hello(self) -> RunHello:
@@ -467,9 +381,11 @@ def wrap(
         mesh: ``host:port`` of the mesh, any control plane, or None to stay dormant. None reachable is no error.
         sites: shell patterns of module names, or a predicate; None allows all.
         validate: as for `Growth.boundary`, where that is given finished numbers.
-        example_inputs: arguments of one forward, to learn shapes at once; None learns them from the first training forward.
+        example_inputs: arguments of one forward, to learn shapes at once; None learns them from the first training
+            forward.
         cache_dir: directory of the kernel cache; None keeps kernels in memory.
-        config: options; or single ones as keywords, see `Config`.
+        config: all options.
+        **options: single ones, see `Config`.
 
     Raises:
         InvalidInput: both `config` and options, an unknown option, or a model that is distributed already.
@@ -499,5 +415,5 @@ def wrap(
         validate=validate,
         config=config or Config(**options),
     )
-    growth.look(example_inputs)
+    growth.observation.look(example_inputs)
     return growth

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from esper.kasmina._ports import Port, output_tensor, why_no_tensor
 from esper.kasmina.control import SiteHealth
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -160,7 +159,7 @@ class HealthSampler:
                 def keep(gradient: Tensor) -> None:
                     gradients.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) / size)
 
-                y.register_hook(keep)
+                y.register_hook(keep)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
         return hook
 

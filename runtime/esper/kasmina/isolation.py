@@ -1,10 +1,11 @@
 """Trains a seed in isolation: it learns from the host's activations and gradients, and the host never notices.
 
-The objective is the descent direction that the task loss asks of the site: with the gradient g of the loss at the site's
-output y, the target is ``t = -g * r * rms(y) / rms(g)`` and the loss ``mean((delta - t)**2) / mean(t**2)``. The trust region r
-bounds what the seed may ask for; the scale of the loss, and of a gradient scaler, cancels. A delta of zero has the loss 1, so
-``1 - loss`` on held-out batches is the share of the wanted direction that the seed has learnt to give. Features are detached and
-the seed's output is not seen by the host. There is no straight-through estimator: seeds trained that way are known to diverge.
+The objective is the descent direction that the task loss asks of the site: with the gradient g of the loss at the
+site's output y, the target is ``t = -g * r * rms(y) / rms(g)`` and the loss ``mean((delta - t)**2) / mean(t**2)``.
+The trust region r bounds what the seed may ask for; the scale of the loss, and of a gradient scaler, cancels. A delta
+of zero has the loss 1, so ``1 - loss`` on held-out batches is the share of the wanted direction that the seed has
+learnt to give. Features are detached and the seed's output is not seen by the host. There is no straight-through
+estimator: seeds trained that way are known to diverge.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ class IsolationTrainer:
             return None, 0, self.gradient_norm
         with torch.no_grad():
             losses = [
-                float(direction_loss(self.delta(c.features), c.y, c.gradient, self.trust))
-                for c in self._held_out
-                if c.gradient is not None
+                float(direction_loss(self.delta(c.features), c.y, c.gradient, self.trust)) for c in self._held_out
             ]
         gain = 1.0 - sum(losses) / len(losses)
         self.finite = math.isfinite(gain) and all(bool(torch.isfinite(p).all()) for p in self._parameters)

@@ -1,12 +1,12 @@
 """Optimizer groups of newborns: a learning rate of their own that follows the host's, no weight decay in probation, clipping.
 
 One ``add_param_group`` per seed, so momentum of the host is kept and newborns start at zero moments. Just before each
-optimizer step, every option of a newborn's group follows the host group of its site, the learning rate multiplied by its
-scale, so any schedule is followed. After FOSSILIZED scale and weight decay go smoothly to the host's values.
+optimizer step, every option of a newborn's group follows the host group of its site, the learning rate multiplied by
+its scale, so any schedule is followed. After FOSSILIZED scale and weight decay go smoothly to the host's values.
 
-Schedulers of torch 2.13 zip their own lists with ``optimizer.param_groups`` strictly and would raise as soon as a group is added
-or removed. They are therefore given a view of the optimizer that shows the host's groups alone; `hide_from_schedulers`.
-While there is no newborn there is no hook on the optimizer, and no scheduler is touched.
+Schedulers of torch 2.13 zip their own lists with ``optimizer.param_groups`` strictly and would raise as soon as a
+group is added or removed. They are therefore given a view of the optimizer that shows the host's groups alone;
+`hide_from_schedulers`. While there is no newborn there is no hook on the optimizer, and no scheduler is touched.
 """
 
 from __future__ import annotations
@@ -211,13 +211,12 @@ class NewbornGroups:
             if not gradients or entry.merging >= self.merge_steps:
                 continue
             if entry.alpha is not None:
-                torch._foreach_div_(gradients, entry.alpha.clamp_min(_ALPHA_FLOOR))  # noqa: SLF001  # no public name
+                torch._foreach_div_(gradients, entry.alpha.clamp_min(_ALPHA_FLOOR))  # no public name
             entry.norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
 
     def _follow(self, entry: _Entry, group: dict[str, Any], host: dict[str, Any]) -> None:
-        for key, value in host.items():
-            if key not in _OWN and key in self.optimizer.defaults:
-                group[key] = value
+        known = self.optimizer.defaults
+        group.update({key: value for key, value in host.items() if key in known and key not in _OWN})
         done = max(0.0, min(1.0, entry.merging / self.merge_steps)) if self.merge_steps else float(entry.merging >= 0)
         # Geometric, so that a scale of 3 and one of 1/3 take equally long to become 1.
         rate = host["lr"] * entry.scale ** (1.0 - done)

@@ -7,90 +7,42 @@ Typical use::
     found.sites[3].descriptor.signature         # "image:16->32:float32"
     found.refusals                              # what can not grow, each with its reason
 
-A *layer* is a module with parameters of its own (linear, convolution, attention, norm, recurrent, embedding), a *block* any
-other module that holds some, a *span* runs from one child of a module to a later one in the order of execution, with up to
-`MAX_SPAN` parametrised children, and a norm that follows, inside. Series sites adapt the output of a module, parallel
-sites branch around it. Spans are parallel: in series they would be their last module again.
+A *layer* is a module with parameters of its own (linear, convolution, attention, norm, recurrent, embedding), a
+*block* any other module that holds some, a *span* runs from one child of a module to a later one in the order of
+execution, with up to `MAX_SPAN` parametrised children, and a norm that follows, inside. Series sites adapt the output
+of a module, parallel sites branch around it. Spans are parallel: in series they would be their last module again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from esper.kasmina._ports import Port, parameter_dtype
+from esper.kasmina._finder import MAX_SPAN, Finder
 from esper.kasmina._probe import Call, Recorder
-from esper.kasmina.control import SiteDescriptor, SiteKind
-from esper.kasmina.signature import FLOAT_DTYPES, MAX_FEATURES, Layout, Signature
+from esper.kasmina._quiet import untouched
+from esper.kasmina._site import Refusal, Site, site_document, site_from_document
 
 if TYPE_CHECKING:
-    from esper.kasmina._probe import Spec
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["MAX_SPAN", "Discovery", "Refusal", "Site", "discover", "observe"]
+    from torch import nn
 
-MAX_SPAN = 3
-"""Parametrised children, norms not counted, that a span may hold."""
+    from esper.kasmina.control import SiteDescriptor
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,  # noqa: SLF001  # the base of batch and instance norms has no public name
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
-_FEATURES_FIRST = (
-    nn.modules.conv._ConvNd,  # noqa: SLF001  # likewise of all convolutions
-    nn.modules.batchnorm._NormBase,  # noqa: SLF001
-    nn.GroupNorm,
-)
-_SEQUENCE_OWNERS = (nn.MultiheadAttention, nn.RNNBase)
-_SEQUENCE_BLOCKS = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place where a seed can be attached."""
-
-    descriptor: SiteDescriptor
-    source: str
-    """Qualified name of the module whose input is x; for a series site that whose output is y."""
-    target: str
-    """Qualified name of the module whose output is y."""
-    x: Port
-    y: Port
-    x_shape: tuple[int, ...]
-    """Canonical shape of what the kernel is given, as observed, before it is pooled to the extent of y."""
-    y_shape: tuple[int, ...]
-
-    @property
-    def index(self) -> int:
-        """Dense index in the run."""
-        return self.descriptor.index
-
-    @property
-    def extent(self) -> tuple[int, ...]:
-        """Positions of y as observed: (), (T,) or (H, W)."""
-        shape = list(self.y_shape)
-        del shape[self.y.layout.feature_dim]
-        return tuple(shape[1:])
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A candidate that can not grow, and why."""
-
-    name: str
-    module_type: str
-    reason: str
+__all__ = [
+    "MAX_SPAN",
+    "Discovery",
+    "Refusal",
+    "Site",
+    "discover",
+    "matcher",
+    "observe",
+    "site_document",
+    "site_from_document",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,35 +53,11 @@ class Discovery:
     refusals: tuple[Refusal, ...]
 
 
-class _Refused(Exception):  # noqa: N818  # control flow inside this module; it is no error of anybody
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A site before it has an index."""
-
-    name: str
-    source: str
-    target: str
-    kind: SiteKind
-    granularity: str
-    x: Port
-    y: Port
-    x_spec: Spec
-    y_spec: Spec
-    inside: tuple[str, ...]
-    """Names of the modules whose outputs and parameters count as inside."""
-    dtype: str
-
-
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Call]:
     """Run one forward in evaluation mode without gradients and say what every module did.
 
     Training flags, buffers and random state are as before afterwards.
     """
-    from esper.kasmina._quiet import untouched
-
     recorder = Recorder(model)
     with untouched(model), torch.no_grad():
         model.eval()
@@ -159,7 +87,7 @@ def discover(
         causal: positions of sequences must not see later ones.
         max_sites: sites beyond are refused, spans first.
     """
-    finder = _Finder(model, calls, causal=causal)
+    finder = Finder(model, calls, causal=causal)
     drafts = finder.drafts()
     order = {"layer": 0, "block": 1, "span": 2}
     drafts.sort(key=lambda d: (order[d.granularity], calls[d.target].end))
@@ -172,230 +100,6 @@ def discover(
         if select is None or select(site.descriptor):
             sites.append(site)
     return Discovery(tuple(sites), tuple(refusals))
-
-
-class _Finder:
-    def __init__(self, model: nn.Module, calls: Mapping[str, Call], *, causal: bool) -> None:
-        self.model = model
-        self.modules = {name: module for name, module in model.named_modules() if name}
-        self.calls = calls
-        self.causal = causal
-        self.refusals: list[Refusal] = []
-        self.parametric = {n for n, m in self.modules.items() if next(m.parameters(), None) is not None}
-        self.attention_inner = {
-            inner
-            for name, m in self.modules.items()
-            if isinstance(m, nn.MultiheadAttention)
-            for inner in self._under(name)
-        }
-        self.leaves = [n for n in self.modules if self._is_leaf(n)]
-        first = {n for n, m in self.modules.items() if isinstance(m, _SEQUENCE_OWNERS) and not m.batch_first}
-        self.sequence_first = set(first)
-        for name, module in self.modules.items():
-            if isinstance(module, _SEQUENCE_BLOCKS) and any(_inside(f, name) for f in first):
-                self.sequence_first |= {name, *self._under(name)}
-        self.end = max((call.end for call in calls.values()), default=1)
-
-    def _under(self, name: str) -> list[str]:
-        return [other for other in self.modules if _inside(other, name)]
-
-    def _is_leaf(self, name: str) -> bool:
-        own = next(self.modules[name].parameters(recurse=False), None) is not None
-        return (own or isinstance(self.modules[name], nn.MultiheadAttention)) and name not in self.attention_inner
-
-    def drafts(self) -> list[_Draft]:
-        result: list[_Draft] = []
-        leaves = set(self.leaves)
-        for name in self.modules:
-            if name not in self.parametric or name in self.attention_inner:
-                continue
-            granularity = "layer" if name in leaves else "block"
-            if granularity == "block" and not self._is_real_block(name):
-                continue
-            result += self._attempt(name, name, name, granularity)
-        parents = ["", *(n for n in self.modules if n not in leaves)]
-        for parent in parents:
-            for first, last in self._spans(parent):
-                result += self._attempt(f"{first}..{last}", first, last, "span")
-        return result
-
-    def _is_real_block(self, name: str) -> bool:
-        """A wrapper around a single module would be the same site twice, and a list is never called."""
-        if isinstance(self.modules[name], nn.ModuleList | nn.ModuleDict):
-            return False
-        return sum(1 for inner in self._under(name) if inner in self.calls and self.calls[inner].calls) > 1
-
-    def _attempt(self, name: str, source: str, target: str, granularity: str) -> list[_Draft]:
-        found: list[_Draft] = []
-        reasons: list[str] = []
-        kinds = (SiteKind.PARALLEL,) if granularity == "span" else (SiteKind.SERIES, SiteKind.PARALLEL)
-        for kind in kinds:
-            if kind is SiteKind.PARALLEL and isinstance(self.modules[source], (*_NORMS, nn.Embedding, nn.EmbeddingBag)):
-                continue
-            try:
-                found.append(self._draft(name, source, target, kind, granularity))
-            except _Refused as refused:
-                reasons.append(str(refused))
-        # A span that does not fit is no loss that anybody asks about; its modules have their own entries.
-        if not found and granularity != "span":
-            self.refusals.append(Refusal(name, type(self.modules[target]).__name__, reasons[0]))
-        return found
-
-    def _draft(self, name: str, source: str, target: str, kind: SiteKind, granularity: str) -> _Draft:
-        y_spec, y = self._port(target, output=True)
-        x_spec, x = (y_spec, y) if kind is SiteKind.SERIES else self._port(source, output=False)
-        x_shape, y_shape = x.canonical_shape(x_spec.shape), y.canonical_shape(y_spec.shape)
-        if kind is SiteKind.PARALLEL:
-            if x.layout is not y.layout and y.layout is not Layout.VECTOR:
-                raise _Refused(f"its input is laid out as {x.layout.value} and its output as {y.layout.value}")
-            if x_shape[0] != y_shape[0]:
-                raise _Refused(f"its input has {x_shape[0]} samples and its output {y_shape[0]}")
-            if self.causal and x.layout is Layout.SEQUENCE and x_shape[1:2] != y_shape[1:2]:
-                raise _Refused("it changes the number of positions, and pooling would let positions see later ones")
-        inside = (target, *self._under(target))
-        if granularity == "span":
-            inside = self._between(source, target)
-        dtype = parameter_dtype(self.modules[target], y_spec.dtype)
-        if dtype not in FLOAT_DTYPES:
-            raise _Refused(f"its parameters are {dtype}, expected one of {sorted(FLOAT_DTYPES)}")
-        return _Draft(name, source, target, kind, granularity, x, y, x_spec, y_spec, inside, dtype)
-
-    def _port(self, name: str, *, output: bool) -> tuple[Spec, Port]:
-        call = self.calls.get(name)
-        if call is None or call.calls == 0:
-            raise _Refused("it was not called in the observed forward (its parameters may be used directly)")
-        if call.calls > 1:
-            raise _Refused(f"it is called {call.calls} times in one forward, expected once")
-        if output and call.why:
-            raise _Refused(call.why)
-        spec = call.y if output else call.x
-        side = "output" if output else "input"
-        if spec is None:
-            raise _Refused(f"its {side} is no tensor")
-        rank = len(spec.shape)
-        if not spec.dtype.is_floating_point:
-            raise _Refused(
-                f"its {side} holds {str(spec.dtype).removeprefix('torch.')}, expected floating-point numbers"
-            )
-        if rank not in {2, 3, 4} or 0 in spec.shape:
-            raise _Refused(f"its {side} has {rank} dimensions {spec.shape}, expected 2 to 4, none of them empty")
-        batch_dim = 0
-        if rank == 3:
-            if name in self.sequence_first:
-                batch_dim = 1
-            elif self.sequence_first:
-                raise _Refused(
-                    "the model holds sequence-first modules: samples and positions can not be told apart here"
-                )
-        port = Port.of_rank(rank, features_last=self._features_last(name, rank, output=output), batch_dim=batch_dim)
-        if spec.shape[port.feature_dim] > MAX_FEATURES:
-            raise _Refused(f"its {side} has {spec.shape[port.feature_dim]} features, expected at most {MAX_FEATURES}")
-        return spec, port
-
-    def _features_last(self, name: str, rank: int, *, output: bool) -> bool:
-        """The nearest executed layer of the same rank decides: convolutions and batch norms put features first."""
-        near = sorted(
-            (inner for inner in self.leaves if inner == name or _inside(inner, name)),
-            key=lambda inner: self.calls[inner].end if inner in self.calls else -1,
-            reverse=output,
-        )
-        for inner in near:
-            call = self.calls.get(inner)
-            spec = None if call is None else call.y if output else call.x
-            if spec is not None and len(spec.shape) == rank:
-                return not isinstance(self.modules[inner], _FEATURES_FIRST)
-        return rank == 3
-
-    def _spans(self, parent: str) -> list[tuple[str, str]]:
-        children = [name for name in self.modules if _parent(name) == parent and name not in self.attention_inner]
-        called = [c for c in children if c in self.calls and self.calls[c].calls == 1 and self.calls[c].end > 0]
-        called.sort(key=lambda name: self.calls[name].start)
-        heavy = [c for c in called if c in self.parametric and not isinstance(self.modules[c], _NORMS)]
-        spans = []
-        for i, first in enumerate(heavy):
-            for last in heavy[i + 1 : i + MAX_SPAN]:
-                follower = called.index(last) + 1
-                end = last
-                if follower < len(called) and isinstance(self.modules[called[follower]], _NORMS):
-                    end = called[follower]
-                spans.append((first, end))
-        return spans
-
-    def _between(self, first: str, last: str) -> tuple[str, ...]:
-        low, high, parent = self.calls[first].start, self.calls[last].end, _parent(first)
-        return tuple(
-            name
-            for name in self.modules
-            if (not parent or _inside(name, parent))
-            and (call := self.calls.get(name)) is not None
-            and low <= call.start
-            and call.end <= high
-        )
-
-    def site(self, draft: _Draft, index: int) -> Site:
-        x_shape = draft.x.canonical_shape(draft.x_spec.shape)
-        y_shape = draft.y.canonical_shape(draft.y_spec.shape)
-        widths = [y_shape[draft.y.layout.feature_dim]]
-        for name in draft.inside:
-            call = self.calls.get(name)
-            if name in self.leaves and call is not None and call.y is not None and 2 <= len(call.y.shape) <= 4:
-                rank = len(call.y.shape)
-                last = self._features_last(name, rank, output=True)
-                widths.append(call.y.shape[Port.of_rank(rank, features_last=last).feature_dim])
-        parameters = {id(p): p.numel() for name in draft.inside for p in self.modules[name].parameters()}
-        descriptor = SiteDescriptor(
-            index=index,
-            name=draft.name,
-            kind=draft.kind,
-            granularity=draft.granularity,
-            module_type=type(self.modules[draft.target]).__name__,
-            signature=Signature(
-                draft.y.layout,
-                x_shape[draft.x.layout.feature_dim],
-                y_shape[draft.y.layout.feature_dim],
-                draft.dtype,
-            ),
-            narrowest_width=min(widths),
-            parameters=sum(parameters.values()),
-            depth=self.calls[draft.target].end / self.end,
-            causal=self.causal and draft.y.layout is Layout.SEQUENCE,
-        )
-        return Site(descriptor, draft.source, draft.target, draft.x, draft.y, x_shape, y_shape)
-
-
-def _inside(name: str, owner: str) -> bool:
-    return name.startswith(owner + ".")
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def site_document(site: Site) -> dict[str, Any]:
-    """A site as JSON types, so that a checkpoint can be resumed before the first forward."""
-    d = site.descriptor
-    fields = {name: getattr(d, name) for name in d.__dataclass_fields__ if name not in {"kind", "signature"}}
-    return {
-        **fields,
-        "kind": d.kind.value,
-        "signature": str(d.signature),
-        "source": site.source,
-        "target": site.target,
-        "x": site.x.document(),
-        "y": site.y.document(),
-        "x_shape": list(site.x_shape),
-        "y_shape": list(site.y_shape),
-    }
-
-
-def site_from_document(document: Mapping[str, Any]) -> Site:
-    """Read `site_document`."""
-    names = SiteDescriptor.__dataclass_fields__
-    fields = {name: document[name] for name in names}
-    fields |= {"kind": SiteKind(document["kind"]), "signature": Signature.parse(document["signature"])}
-    ports = (Port.from_document(document["x"]), Port.from_document(document["y"]))
-    shapes = (tuple(document["x_shape"]), tuple(document["y_shape"]))
-    return Site(SiteDescriptor(**fields), document["source"], document["target"], *ports, *shapes)
 
 
 def matcher(patterns: Sequence[str]) -> Callable[[SiteDescriptor], bool]:

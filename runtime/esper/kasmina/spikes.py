@@ -1,9 +1,10 @@
 """Notices that a graft destroys its host, and brings the host back.
 
-The danger of a graft is the next hundred steps, not the insertion. `SpikeDetector` watches the loss of these steps with the
-modified z-score of Iglewicz and Hoaglin (*How to Detect and Handle Outliers*, 1993): ``0.6745 * (loss - median) / MAD``
-over the last losses that were no outliers themselves. Median and MAD do not move with the outlier that they judge. A loss
-that is not finite counts at once; a high one when it stays high for some steps, since a single bad batch is no instability.
+The danger of a graft is the next hundred steps, not the insertion. `SpikeDetector` watches the loss of these steps
+with the modified z-score of Iglewicz and Hoaglin (*How to Detect and Handle Outliers*, 1993): ``0.6745 * (loss -
+median) / MAD`` over the last losses that were no outliers themselves. Median and MAD do not move with the outlier
+that they judge. A loss that is not finite counts at once; a high one when it stays high for some steps, since a
+single bad batch is no instability.
 
 `HostSnapshot` holds one copy of the host's parameters and buffers and of the optimizer's state: the memory of the host
 times two to four (Adam), once, only while the watch lasts, and not at all above a limit: then a spike takes the newborn

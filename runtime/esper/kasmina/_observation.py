@@ -1,0 +1,143 @@
+"""Learns where a model can grow from a forward that happens anyway, and samples its health on some later ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esper.kasmina._causal import is_causal
+from esper.kasmina._probe import Call, ForwardWatch, Recorder
+from esper.kasmina.health import HealthSampler, Worker
+from esper.kasmina.newborn import host_groups
+from esper.kasmina.signature import Layout
+from esper.kasmina.sites import Discovery, discover, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from esper.kasmina._lifecycle import Lifecycle
+    from esper.kasmina.config import Config
+    from esper.kasmina.control import SiteDescriptor
+    from esper.kasmina.sites import Refusal
+
+__all__ = ["Observation"]
+
+
+class Observation:
+    """The hooks that only look.
+
+    Args:
+        life: the seeds of the host; it is given the sites that are found.
+        optimizer: the host's, for the gradient's norm.
+        config: options.
+        select: keeps a site when true.
+        ready: called when the sites are known.
+    """
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        optimizer: Optimizer,
+        config: Config,
+        select: Callable[[SiteDescriptor], bool] | None,
+        ready: Callable[[], None],
+    ) -> None:
+        self.worker = Worker()
+        self.sampler: HealthSampler | None = None
+        self.refusals: tuple[Refusal, ...] = ()
+        self.gradient_norm: float | None = None
+        """L2 norm of the host's gradient at the last sampled step."""
+        self._life = life
+        self._model = life.model
+        self._optimizer = optimizer
+        self._config = config
+        self._select = select
+        self._ready = ready
+        self._seen: tuple[Recorder, tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._watch: ForwardWatch | None = None
+
+    def look(self, example_inputs: tuple[Any, ...] | None) -> None:
+        """Learn the sites from example inputs now, or from the next forward with gradients."""
+        if example_inputs is not None:
+            self._settle(observe(self._model, example_inputs), example_inputs, {})
+            return
+        recorder = Recorder(self._model)
+
+        def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RemovableHandle]:
+            self._seen = (recorder, args, kwargs)
+            return recorder.install()
+
+        def leave(output: object) -> None:
+            if output is None:
+                self._seen = None
+                recorder.calls.clear()
+
+        self._watch = ForwardWatch(self._model, enter, leave)
+
+    def settle(self) -> None:
+        """After a step: if the forward that was waited for has happened, find the sites."""
+        if self._seen is not None:
+            (recorder, args, kwargs), self._seen = self._seen, None
+            self._watch = None
+            self._settle(recorder.calls, args, kwargs)
+
+    def _settle(self, calls: Mapping[str, Call], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        config = self._config
+
+        def keep(site: SiteDescriptor) -> bool:
+            allowed = site.granularity in config.granularities and site.kind in config.kinds
+            return allowed and (self._select is None or self._select(site))
+
+        def find(*, causal: bool) -> Discovery:
+            return discover(self._model, calls, select=keep, causal=causal, max_sites=config.max_sites)
+
+        found = find(causal=bool(config.causal))
+        sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
+        if config.causal is None and sequences and is_causal(self._model, args, kwargs):
+            found = find(causal=True)
+        self.refusals = found.refusals
+        self._life.settle(found.sites)
+        self.begin()
+
+    def begin(self) -> None:
+        """The sites are known."""
+        self.sampler = HealthSampler(self._model, self._life.sites, self.worker, self._config.sites_per_sample)
+        self._ready()
+
+    def arm(self, step: int) -> None:
+        """Have the next forward sampled when it is its turn."""
+        every = self._config.sample_every
+        if self.sampler is None or not every or step % every or self._watch is not None:
+            return
+        for run in self._life.runs.values():
+            if run.attachment is not None:
+                run.attachment.seed.measuring = True
+        sampler = self.sampler
+        self._watch = ForwardWatch(self._model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
+
+    def collect(self) -> bool:
+        """After a step: hand what its forward gave to the worker; False where it was not a sampled one."""
+        if self.sampler is None or self._watch is None or self._watch.armed:
+            return False
+        self._watch = None
+        self.sampler.collect()
+        gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+
+            def read() -> None:
+                self.gradient_norm = float(norm)
+
+            self.worker.submit(read)
+        return True
+
+    def reset(self) -> None:
+        """Remove every observing hook."""
+        if self._watch is not None:
+            self._watch.disarm()
+            self._watch = None
+        self._seen = None
