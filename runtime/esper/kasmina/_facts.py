@@ -117,5 +117,5 @@ def _rms_gradient(parameters: list[nn.Parameter]) -> Tensor | None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return None
-    norm: Tensor = torch.nn.utils.get_total_norm(gradients)
-    return norm / float(sum(g.numel() for g in gradients)) ** 0.5
+    rms: Tensor = torch.nn.utils.get_total_norm(gradients) / sum(g.numel() for g in gradients) ** 0.5
+    return rms

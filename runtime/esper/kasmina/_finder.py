@@ -154,25 +154,24 @@ class Finder:
             raise _Refused(f"its parameters are {dtype}, expected one of {sorted(FLOAT_DTYPES)}")
         return _Draft(name, source, target, kind, granularity, x, y, x_spec, y_spec, inside, dtype)
 
-    def _port(self, name: str, *, output: bool) -> tuple[Spec, Port]:
+    def _single_call(self, name: str) -> Call:
         call = self.calls.get(name)
         if call is None or call.calls == 0:
             raise _Refused("it was not called in the observed forward (its parameters may be used directly)")
         if call.calls > 1:
             raise _Refused(f"it is called {call.calls} times in one forward, expected once")
+        return call
+
+    def _port(self, name: str, *, output: bool) -> tuple[Spec, Port]:
+        call = self._single_call(name)
         if output and call.why:
             raise _Refused(call.why)
         spec = call.y if output else call.x
         side = "output" if output else "input"
         if spec is None:
             raise _Refused(f"its {side} is no tensor")
+        _check_tensor(spec, side)
         rank = len(spec.shape)
-        if not spec.dtype.is_floating_point:
-            raise _Refused(
-                f"its {side} holds {str(spec.dtype).removeprefix('torch.')}, expected floating-point numbers"
-            )
-        if rank not in {2, 3, 4} or 0 in spec.shape:
-            raise _Refused(f"its {side} has {rank} dimensions {spec.shape}, expected 2 to 4, none of them empty")
         batch_dim = 0
         if rank == 3:
             if name in self.sequence_first:

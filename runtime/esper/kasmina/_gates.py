@@ -53,7 +53,7 @@ class SanityFacts:
 
     kernel_named: bool
     validated: bool
-    """True where only validated kernels can be had; the cache verifies the signed verdict before it loads a byte."""
+    """True where only validated kernels can be had: the cache verifies a signed verdict before it loads a byte."""
     unfit: tuple[str, ...]
     """Why the kernel or the optimizer does not fit the site; empty where it fits or cannot be known yet."""
     parameters_left: int

@@ -50,8 +50,9 @@ def read_validation(found: object) -> Validation:
         loss, losses = _loss(found)
         return Validation(loss, None, None, losses)
     except (TypeError, ValueError) as error:
+        kind = type(found).__name__
         raise InvalidInput(
-            f"validation: expected a mapping with loss and accuracy, or losses per batch, found {type(found).__name__}: {error}"
+            f"validation: expected a mapping with loss and accuracy, or losses per batch, found {kind}: {error}"
         ) from error
 
 
@@ -127,7 +128,7 @@ class Measurer:
         if run.counterfactual is None and not self._said:
             self._said = True
             _log.warning(
-                "counterfactual not measured: expected the same number of finite losses, one per batch, from each validation",
+                "counterfactual not measured: expected equally many finite losses, one per batch, from each validation",
                 off=None if off is None else len(off),
                 on=None if self._on is None else len(self._on),
             )

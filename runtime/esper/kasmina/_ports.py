@@ -92,11 +92,11 @@ def fit(x: Tensor, source: Layout, target: Layout, extent: tuple[int, ...]) -> T
 
 
 def _resize(x: Tensor, extent: tuple[int, ...]) -> Tensor:
-    if all(want <= have for want, have in zip(extent, x.shape[2:], strict=True)):
-        return (
-            functional.adaptive_avg_pool1d(x, extent) if len(extent) == 1 else functional.adaptive_avg_pool2d(x, extent)
-        )  # type: ignore[arg-type]  # lists or tuples
-    return functional.interpolate(x, size=extent, mode="nearest")
+    if any(want > have for want, have in zip(extent, x.shape[2:], strict=True)):
+        return functional.interpolate(x, size=list(extent), mode="nearest")
+    if len(extent) == 1:
+        return functional.adaptive_avg_pool1d(x, extent)
+    return functional.adaptive_avg_pool2d(x, (extent[0], extent[1]))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

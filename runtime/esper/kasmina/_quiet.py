@@ -1,4 +1,4 @@
-"""Runs something on the host that must leave no trace: flags, buffers, gradients' mode and every random state come back."""
+"""Runs something on the host that must leave no trace: flags, buffers and every random state come back."""
 
 from __future__ import annotations
 

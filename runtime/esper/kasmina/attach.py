@@ -94,7 +94,7 @@ class SeedModule(nn.Module):
         """True while the ratio of alpha * delta to y is wanted."""
         self.ratio: Tensor | None = None
         self.error = ""
-        """What the kernel raised in the forward; from then on the host runs without it, and the runtime takes the seed out."""
+        """What the kernel raised in the forward; the host runs without it until the runtime takes the seed out."""
         self.capture: Capture | None = None
         self._captures = capture_elements
         self._parallel = site.descriptor.kind is SiteKind.PARALLEL

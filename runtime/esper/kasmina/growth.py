@@ -303,17 +303,17 @@ class Growth:
         return _report.summary(self)
 
     def lineage(self) -> list[dict[str, Any]]:
-        """Every adaptation of the run, oldest first, as JSON types: where, what, when, by which decisions, with what result."""
+        """Every adaptation of the run, oldest first, as JSON types: where, what, when, decisions, result."""
         return _report.lineage(self)
 
     def locks(self) -> dict[int, int]:
-        """Boundaries for which each rolled-back seed stays locked; keep it outside the checkpoint that it must outlive."""
+        """Boundaries for which each rolled-back seed stays locked; keep it outside the checkpoint."""
         return _report.locks(self)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that growth must remember, as tensors and JSON types; ``torch.load(weights_only=True)`` reads it."""
+        """Everything that growth must remember, as tensors and JSON types, for ``torch.load(weights_only=True)``."""
         self.observation.worker.drain(self.config.drain_timeout_s)
         return _checkpoint.save(self)
 
@@ -373,7 +373,7 @@ def wrap(
     config: Config | None = None,
     **options: Any,
 ) -> Growth:
-    """Let a model grow while it trains; the model is not copied, replaced or changed, and stays usable exactly as before.
+    """Let a model grow while it trains; it is not copied, replaced or changed, and stays usable exactly as before.
 
     Args:
         model: the host.

@@ -28,7 +28,7 @@ _HOLD_OUT_EVERY = 4
 
 
 def direction_loss(delta: Tensor, y: Tensor, gradient: Tensor, trust: float) -> Tensor:
-    """Squared distance to the descent direction inside the trust region, over the square of that direction; 0-dimensional."""
+    """Squared distance to the descent direction inside the trust region, over its square; 0-dimensional."""
     gradient, y = gradient.float(), y.float()
     tiny = torch.finfo(torch.float32).tiny
     scale = trust * y.square().mean().sqrt() / gradient.square().mean().sqrt().clamp_min(tiny)
@@ -94,7 +94,9 @@ class IsolationTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed trainer needs; the parameters are in the model's own state."""
-        batches = [{"features": c.features, "y": c.y, "gradient": c.gradient} for c in self._held_out]
+        batches = [
+            {"features": c.features, "y": c.y, "gradient": c.gradient} for c in self._held_out if c.gradient is not None
+        ]
         return {"steps": self.steps, "optimizer": self._optimizer.state_dict(), "held_out": batches, "norm": self._norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -114,11 +116,8 @@ def birth_check(delta: nn.Module, x: Tensor) -> tuple[bool, float | None, bool]:
     with torch.enable_grad():
         y = delta(x)
         # A loss whose gradient at the output is neither constant nor zero.
-        gradients = torch.autograd.grad(
-            (y * torch.linspace(-1.0, 1.0, y.numel(), device=y.device, dtype=y.dtype).view_as(y)).sum(),
-            parameters,
-            allow_unused=True,
-        )
+        weights = torch.linspace(-1.0, 1.0, y.numel(), device=y.device, dtype=y.dtype).view_as(y)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad((y * weights).sum(), parameters, allow_unused=True)
     squares = [g.detach().float().square().sum() for g in gradients if g is not None]
     norm = math.sqrt(float(sum(squares))) if squares else None
     finite = bool(torch.isfinite(y).all()) and norm is not None and math.isfinite(norm)

@@ -96,7 +96,7 @@ class SeedLayout:
             wrong = index[~allowed]
             names = ", ".join(f"{seed} ({self.stage_of(int(seed)).name})" for seed in wrong[:5])
             raise Conflict(
-                f"bulk transition to {to.name}: expected stages from which it is lawful, found {len(wrong)} others: {names}",
+                f"bulk transition to {to.name}: expected stages that allow it, found {len(wrong)} others: {names}",
                 reason="UNLAWFUL_TRANSITION",
             )
         self.stage[index] = to

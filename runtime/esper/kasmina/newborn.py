@@ -1,4 +1,4 @@
-"""Optimizer groups of newborns: a learning rate of their own that follows the host's, no weight decay in probation, clipping.
+"""Optimizer groups of newborns: a learning rate that follows the host's, no weight decay in probation, clipping.
 
 One ``add_param_group`` per seed, so momentum of the host is kept and newborns start at zero moments. Just before each
 optimizer step, every option of a newborn's group follows the host group of its site, the learning rate multiplied by

@@ -1,4 +1,4 @@
-"""The life of a seed: one enum, one transition table, one gate per forward edge; everything else follows from the stage.
+"""The life of a seed: one enum, one transition table, one gate per forward edge; all else follows from the stage.
 
 Typical use::
 

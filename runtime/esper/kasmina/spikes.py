@@ -97,7 +97,9 @@ class SpikeDetector:
         count, self._high = self._high, 0
         if not math.isfinite(loss):
             return f"training loss: expected a finite number, found {loss}"
-        return f"training loss: expected a modified z-score up to {self.threshold:g}, found {score:.1f} after {count} high losses"
+        return (
+            f"training loss: expected a z-score up to {self.threshold:g}, found {score:.1f} after {count} high losses"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON types."""
