@@ -110,9 +110,9 @@ def main(argument: str) -> None:
     sink.flush()
     with contextlib.suppress(BrokenPipeError):  # the owner has closed its end: the work is over
         serve(source, sink, entry, specification["limit"])
-    # Threads of a job must not hold the process, nor finalizers of native libraries crash it.
-    os._exit(0)
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Threads of a job must not hold the process, nor finalizers of native libraries crash it.
+    os._exit(0)

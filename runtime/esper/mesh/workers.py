@@ -66,7 +66,8 @@ class WorkerError(WorkerFailed):
 
 class WorkerCrashed(WorkerFailed):
     """The process ended in mid-job (a signal, an exit, nonsense on the wire), or could not be started (reason
-    WORKER_NOT_STARTED: the job is not to blame)."""
+    WORKER_NOT_STARTED: the job is not to blame).
+    """
 
     default_reason = "WORKER_CRASHED"
 

@@ -1,20 +1,16 @@
 """Fixtures of the evaluation engine's tests."""
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-# The hostile kernels of these tests are imported here and in worker processes by the same plain name.
-sys.path.insert(0, str(HERE))
 
 from esper.kasmina.kernels.signing import CheckResult, Figure, SigningKey, Statement
 from esper.mesh.workers import WorkerPool
 from esper.urabrask.board import Judgement
 from esper.urabrask.checks import CHECKS, GAUNTLET_VERSION
 
+HERE = Path(__file__).parent
 NOW = datetime(2026, 11, 23, 20, 21, 0, 123456, tzinfo=UTC)
 
 

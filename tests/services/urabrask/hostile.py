@@ -38,9 +38,9 @@ def sound(name="bottleneck_mlp", signature=VECTOR, birth=Birth.ZERO, tier=Tier.P
     return build(get(name).with_birth(birth), signature, tier)
 
 
-def twisted(twist, name="bottleneck_mlp", signature=VECTOR, *, dynamic=True):
+def twisted(twist, name="bottleneck_mlp", signature=VECTOR, *, dynamic=True, birth=Birth.ZERO):
     """A kernel whose graph computes `twist(delta, x, parameters)` where its blueprint says `delta`."""
-    opened = unpack(sound(name, signature))
+    opened = unpack(sound(name, signature, birth))
     plan = opened.blueprint.check(signature)
     x = example_input(plan)
     held = [torch.zeros(spec.shape) for spec in plan.parameter_specs]

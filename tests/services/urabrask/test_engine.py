@@ -1,13 +1,13 @@
 """The engine with real sandboxes: verdicts, and what becomes of kernels that take the sandbox down."""
 
 import pytest
-from hostile import endless, greedy, kernel_id_of, sound, twisted
 
 from esper.kasmina.kernels.bundle import unpack
 from esper.kasmina.kernels.signing import TrustStore
 from esper.urabrask.engine import Candidate, Engine, NotJudged
 from esper.urabrask.gauntlet.bundle import facts
 from esper.urabrask.keys import KeyRing
+from tests.services.urabrask.hostile import endless, greedy, kernel_id_of, sound, twisted
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def test_good_kernel_is_validated_and_signed(sandbox, engine_of, clock):
 
 
 async def test_hang_hunger_and_refusal_in_the_real_sandbox(sandbox, engine_of):
-    """An endless loop and a memory bomb are rejected with the check that they fell in; the sandbox serves the next one."""
+    """An endless loop and a memory bomb are rejected with the check they fell in; the sandbox is replaced."""
     pool = sandbox(wall_limit_s=8.0)
     engine = engine_of(pool)
     await pool.ready()

@@ -2,16 +2,10 @@
 
 import pickle
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hostile import SEQUENCE, sound, twisted, with_entry, with_manifest, with_parameters
 
 from esper.kasmina.blueprints.catalogue import catalogue, get
 from esper.kasmina.blueprints.ir import Birth, Blueprint, node
@@ -23,6 +17,7 @@ from esper.kasmina.signature import Layout, Signature
 from esper.urabrask.checks import CHECKS
 from esper.urabrask.findings import findings_from
 from esper.urabrask.gauntlet import bundle, run
+from tests.services.urabrask.hostile import SEQUENCE, sound, twisted, with_entry, with_manifest, with_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,6 +107,11 @@ def garbled():
     return pack(opened.manifest, {**opened.members, PORTABLE: b"\x80\x04noise"})
 
 
+def _leaky_gradient(delta, x, parameters):
+    later = x.mean(1, keepdim=True)[..., :6] * parameters["out.weight"].sum()
+    return delta + later - later.detach()
+
+
 HOSTILE = {
     "NaN output": (
         lambda: twisted(lambda d, x, p: d / (d - d)),
@@ -185,6 +185,21 @@ HOSTILE = {
         "birth.parameters",
         "down.weight: expected finite numbers",
     ),
+    "NaN gradient": (
+        lambda: twisted(lambda d, x, p: d + (p["out.weight"].sum() * 0).sqrt() * 0),
+        "birth.gradient",
+        "gradient of out.weight: expected finite numbers, found NaN or infinity",
+    ),
+    "silent although random": (
+        lambda: twisted(lambda d, x, p: d * 0, birth=Birth.RANDOM),
+        "birth.output",
+        "expected an output other than zero from a random birth, found zero",
+    ),
+    "gradient from the future": (
+        lambda: twisted(_leaky_gradient, "causal_conv", SEQUENCE),
+        "behaviour.causality",
+        "expected no gradient from outputs before position 1 to later inputs",
+    ),
     "pickle inside": (
         lambda: with_entry(sound(), "archive/data/extra.bin", pickle.dumps({"a": 1})),
         "bundle.integrity",
@@ -234,6 +249,21 @@ def test_tampered_byte_is_refused():
     assert ["bundle.integrity"] == list(failures(found))
     assert "portable.pt2" in failures(found)["bundle.integrity"]
     assert 1 == len(found.checks)
+
+
+def test_bomb_inside_is_not_unpacked(monkeypatch):
+    """An archive that says it holds more than it may is refused by what it says, before it is read."""
+    monkeypatch.setattr(bundle, "MAX_INNER_BYTES", 100)
+    assert (
+        "portable.pt2: expected at most 100 bytes inside, found more" in failures(examine(sound()))["bundle.integrity"]
+    )
+
+
+def test_chance_beginning_of_a_pickle_is_none():
+    """Native code that happens to begin like a pickle is no pickle; a pickle is one whatever its name."""
+    assert not bundle._is_pickle(b"\x80\x04\xff\xff\xff")
+    assert not bundle._is_pickle(b"\x7fELF")
+    assert bundle._is_pickle(pickle.dumps([1, 2]))
 
 
 def test_other_digest_is_refused():

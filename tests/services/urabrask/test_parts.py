@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from esper.kasmina.blueprints.ir import Birth
 from esper.kasmina.kernels.bundle import Manifest, Tier
 from esper.kasmina.signature import Layout, Signature
-from esper.mesh.errors import Conflict, InvalidInput
+from esper.mesh.errors import Conflict, Corrupt, InvalidInput
 from esper.mesh.workers import WorkerInfo, WorkerState
 from esper.urabrask.board import KEPT, WATCHER_QUEUE, Board
 from esper.urabrask.checks import CHECKS, TOLERANCES
@@ -25,8 +25,18 @@ from esper.urabrask.convert import (
 )
 from esper.urabrask.findings import check_from, findings_from
 from esper.urabrask.keys import KeyRing
+from esper.urabrask.library import _chunks
 from esper.urabrask.tags import tags_of
-from esper.v1 import blueprint_pb2, build_pb2, forge_pb2, kernel_pb2, signature_pb2, tensor_pb2
+from esper.v1 import (
+    blob_pb2,
+    blueprint_pb2,
+    build_pb2,
+    forge_pb2,
+    kernel_pb2,
+    signature_pb2,
+    tensor_pb2,
+    urza_service_pb2,
+)
 
 
 def passing():
@@ -267,6 +277,38 @@ class TestConvert:
             worker_to_proto(info).state,
             worker_to_proto(info).starts,
         )
+
+
+class TestDownload:
+    @staticmethod
+    async def _collect(*responses):
+        async def stream():
+            for response in responses:
+                yield response
+
+        return [part async for part in _chunks(stream())]
+
+    def _piece(self, offset, data):
+        return urza_service_pb2.DownloadKernelResponse(chunk=blob_pb2.BlobChunk(offset=offset, data=data))
+
+    def _end(self):
+        return urza_service_pb2.DownloadKernelResponse(digest=blob_pb2.BlobDigest(size_bytes=4))
+
+    async def test_pieces_in_order(self):
+        """The kernel first, pieces, the digest: the pieces come out."""
+        kernel = urza_service_pb2.DownloadKernelResponse(kernel=kernel_pb2.Kernel())
+        parts = await self._collect(kernel, self._piece(0, b"ab"), self._piece(2, b"cd"), self._end())
+        assert [b"ab", b"cd"] == parts
+
+    async def test_gap_is_corrupt(self):
+        """A piece that is missing is noticed at the next one."""
+        with pytest.raises(Corrupt, match="expected the piece at 2, found one at 3"):
+            await self._collect(self._piece(0, b"ab"), self._piece(3, b"d"), self._end())
+
+    async def test_early_end_is_corrupt(self):
+        """A stream that ends without its digest is no download."""
+        with pytest.raises(Corrupt, match="digest at the end, found none after 2 bytes"):
+            await self._collect(self._piece(0, b"ab"))
 
 
 def test_checks_fit_the_contract():

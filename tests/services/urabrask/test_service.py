@@ -5,7 +5,6 @@ import contextlib
 
 import grpc
 import pytest
-from hostile import VECTOR, kernel_id_of, sound, twisted
 
 from esper.kasmina.blueprints.catalogue import get
 from esper.kasmina.kernels import load_kernel
@@ -31,6 +30,7 @@ from esper.v1 import (
 )
 from esper.v1.urabrask_service_pb2_grpc import UrabraskServiceStub
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+from tests.services.urabrask.hostile import VECTOR, kernel_id_of, sound, twisted
 
 SIGNATURE = signature_pb2.Signature(
     layout=signature_pb2.LAYOUT_VECTOR, in_features=8, out_features=6, dtype=tensor_pb2.DATA_TYPE_FLOAT32
@@ -72,7 +72,7 @@ class Mesh:
         self.engine = UrabraskServiceStub(self.channel)
 
     async def submit(self, data):
-        """What a forge does: have a build asked for, lease it, upload its kernel, complete it; gives the kernel's id."""
+        """What a forge does: have a build asked for, lease it, upload its kernel, complete it. Gives the id."""
         ir = get("bottleneck_mlp").canonical_json().encode()
         blueprint = (await self.urza.SubmitBlueprint(urza_service_pb2.SubmitBlueprintRequest(ir=ir))).blueprint
         asked = build_pb2.Build(blueprint_id=blueprint.id, signature=SIGNATURE, tier=build_pb2.TIER_PORTABLE)
@@ -121,7 +121,7 @@ async def mesh_of(tmp_path):
 
 
 async def test_kernel_is_validated_end_to_end(mesh_of):
-    """An uploaded kernel becomes VALIDATED; with nothing but the library's keys a runtime believes the verdict and loads it."""
+    """An uploaded kernel becomes VALIDATED; a runtime that knows only the library's keys believes and loads it."""
     mesh = await mesh_of()
     kernel_id = await mesh.submit(sound())
     kernel = await mesh.settled(kernel_id)
