@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Judgement", "KernelFacts", "Policy", "Proposal", "Shelf", "Situation"]
 
+_MOST_PER_EPOCH = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelFacts:
@@ -95,10 +97,11 @@ class Situation:
     @cached_property
     def probation(self) -> int:
         """Boundaries of a probation: `probation_epochs` where the run counts epochs."""
-        epoch = self.state.epoch
-        if not epoch or not math.isfinite(epoch) or epoch <= 0:
+        epoch, boundary = self.state.epoch, self.state.boundary
+        # A counter that has not moved in a thousand boundaries counts something else.
+        if epoch is None or not math.isfinite(epoch) or epoch * _MOST_PER_EPOCH < boundary:
             return self.rules.probation_boundaries
-        return max(1, math.ceil(self.rules.probation_epochs * self.state.boundary / epoch - 1e-6))
+        return max(1, math.ceil(self.rules.probation_epochs * boundary / epoch - 1e-6))
 
     @property
     def in_last_decay(self) -> bool:

@@ -7,7 +7,6 @@ A memory is a value: `observe` gives the next one from a state, `noted` the one 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ __all__ = ["MAX_STATE_BYTES", "VERSION", "Life", "Memory", "SiteMark", "dump", "
 VERSION = 1
 MAX_STATE_BYTES = 1 << 20
 _HISTORY = 64
+_LARGEST = 1e30  # its square still fits a float; beyond it, and for NaN, nothing was measured
 _OUT = frozenset({Stage.CULLED, Stage.EMBARGOED, Stage.RESETTING, Stage.CANCELLED, Stage.ROLLED_BACK})
 
 
@@ -102,7 +102,7 @@ class Memory:
             if proposal.action is Action.GERMINATE and proposal.kernel is not None:
                 facts = kernels[proposal.kernel.kernel_id]
                 lives[proposal.seed] = Life(
-                    proposal.seed, facts.kernel_id, facts.blueprint_name, facts.zero_birth, boundary, flops
+                    proposal.seed, facts.kernel_id, facts.blueprint_name, facts.zero_birth, boundary, _sane(flops)
                 )
                 last = boundary
             elif proposal.action is Action.CULL and proposal.seed in lives:
@@ -112,7 +112,11 @@ class Memory:
 
 def _rounded(value: float | None) -> float | None:
     """Four significant digits are all that statistics deserve, and keep the state small."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+    return None if (value := _sane(value)) is None else float(f"{value:.4g}")
+
+
+def _sane(value: float | None) -> float | None:
+    return None if value is None or not abs(value) < _LARGEST else value
 
 
 @dataclass(slots=True)
@@ -155,7 +159,7 @@ def observe(memory: Memory, state: BoundaryState, *, embargo: int) -> Memory:
         if life is not None:
             draft.lives[index] = life
     loss = state.validation_loss
-    losses = memory.losses if loss is None or not math.isfinite(loss) else (*memory.losses, loss)[-_HISTORY:]
+    losses = memory.losses if (loss := _sane(loss)) is None else (*memory.losses, loss)[-_HISTORY:]
     return replace(
         memory,
         boundary=state.boundary,
