@@ -90,13 +90,16 @@ class Feed:
             OutOfRange: SEQUENCE_AHEAD, this library never got that far: it is another one than the watcher saw.
             LimitExceeded: WATCHER_TOO_SLOW, the watcher is further behind than its queue is long.
         """
-        last = self.sequence if after is None else after
-        if after is not None:
+        if after is None:
+            # The reader may be a moment behind the database; the present is what was committed.
+            last = max(await self._store.read(log.head), self.sequence)
+        else:
             await self._check_position(after)
-            while last < self.sequence:
-                for change in await self._page(last):
-                    yield change
-                    last = change.sequence
+            last = after
+        while last < self.sequence:
+            for change in await self._page(last):
+                yield change
+                last = change.sequence
         # Nothing is awaited between the last look at `sequence` and this line: no change falls in between.
         queue: BoundedQueue[Change] = BoundedQueue(self._queue_size, Overflow.END_STREAM)
         self._watchers.add(queue)

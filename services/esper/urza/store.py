@@ -15,6 +15,7 @@ Statements live in `records` (blueprints, builds), `shelf` (kernels), `queue` (w
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -139,6 +140,9 @@ class Store:
             Conflict: LIBRARY_TOO_NEW.
         """
         writer, reader = _engines(url, readers)
+        if writer.dialect.name == "sqlite":
+            # The asynchronous driver leaves a thread behind when it cannot open a file: ask the plain one first.
+            await asyncio.to_thread(_probe, str(writer.url.database))
         try:
             async with asyncio.timeout(60):
                 library_id = await _translated(_migrate(writer))
@@ -239,6 +243,13 @@ def _engines(url: str, readers: int) -> tuple[AsyncEngine, AsyncEngine]:
         )
         return engine, engine
     raise _bad_url(f"{parsed.drivername!r} ({'no database' if not parsed.database else 'a database'})")
+
+
+def _probe(path: str) -> None:
+    try:
+        sqlite3.connect(path).close()
+    except sqlite3.Error as error:
+        raise _unavailable(f"{path}: {error}") from error
 
 
 def _bad_url(found: str) -> InvalidInput:
