@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,15 +116,18 @@ def main() -> None:
     torch.set_num_threads(1)
     report = Report("control", ["torch", "grpcio"])
     train(None)
-    plain, dead, dying = [], [], []
+    plain: list[float] = []
+    dead: list[float] = []
+    dying: list[float] = []
     digests = set()
     with TemporaryDirectory() as folder:
         for repeat in range(REPEATS):
-            for values, run in (
+            variants: list[tuple[list[float], Callable[[], tuple[float, str]]]] = [
                 (plain, lambda: train(None)),
                 (dead, lambda: train("127.0.0.1:1")),
-                (dying, lambda r=repeat: _dying(Path(folder, str(r)))),
-            ):
+                (dying, partial(_dying, Path(folder, str(repeat)))),
+            ]
+            for values, run in variants:
                 seconds, digest = run()
                 values.append(seconds)
                 digests.add(digest)
