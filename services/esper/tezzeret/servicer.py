@@ -1,7 +1,5 @@
 """TezzeretService over gRPC: convert, ask, convert."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
@@ -57,6 +55,8 @@ class TezzeretServicer(tezzeret_service_pb2_grpc.TezzeretServiceServicer):
     ) -> AsyncIterator[pb.WatchBuildsResponse]:
         """The last step of each build under way, then each step as it happens."""
         with self._board.watch() as queue:
+            # Otherwise it would go out with the first step only: a client could not know from when on it sees all.
+            await context.send_initial_metadata(())
             async for step in race_drain(queue, self._drain):
                 yield pb.WatchBuildsResponse(progress=step_to_proto(step))
         raise Unavailable("the forge drains: watch again", reason="DRAINING")
