@@ -360,7 +360,7 @@ class BusPublisher:
                 continue
             batch.written = False
             if error.code in _HOPELESS or error.reason == "MESSAGE_TOO_LARGE":
-                good = [entry for entry in batch.entries if not _violations(entry.event)]
+                good = [entry for entry in batch.entries if not _violations(lane.topic, entry.event)]
                 if len(good) == len(batch.entries) and error.reason != "VALIDATION_FAILED":
                     good = []  # none breaks a bound, yet the server will not have them: it would refuse them for ever
                 self._give_up(lane, [entry for entry in batch.entries if entry not in good], error)
@@ -410,8 +410,9 @@ class BusPublisher:
             _log.warning("bus refuses events", what=what, message=message)
 
 
-def _violations(event: event_pb2.Event) -> bool:
-    return bool(protovalidate.collect_violations(event))
+def _violations(topic: str, event: event_pb2.Event) -> bool:
+    request = oona_service_pb2.PublishRequest(topic=topic, events=[event])
+    return bool(protovalidate.collect_violations(request))
 
 
 def _refuse(future: "asyncio.Future[StoredAt]", error: EsperError) -> None:

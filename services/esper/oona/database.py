@@ -16,6 +16,7 @@ from esper.mesh.errors import Corrupt, Unavailable
 from esper.oona.codec import unpack, unpack_pairs
 from esper.oona.records import Durability, GroupPosition, StoredEvent, TopicSpec
 from esper.oona.rows import ChunkRow, PartitionRow, key_range, log_error, read_chunk
+from esper.oona.window import to_place
 
 __all__ = ["Database"]
 
@@ -214,8 +215,8 @@ class Database:
                     break
         return found
 
-    def newest_ids(self, rows: Sequence[PartitionRow], most: int) -> list[tuple[str, tuple[int, int]]]:
-        """The newest ids of one topic with their (partition, offset), oldest first; at least `most` if there are."""
+    def newest_ids(self, rows: Sequence[PartitionRow], most: int) -> list[tuple[str, int]]:
+        """The newest ids of one topic with their places, oldest first; at least `most` if there are."""
         found: list[tuple[int, int, int, list[bytes]]] = []
         for partition in rows:
             low, high = key_range(partition.row)
@@ -236,7 +237,7 @@ class Database:
             keep -= 1
             count += len(found[keep][3])
         return [
-            (name.decode(), (number, base + place))
+            (name.decode(), to_place(number, base + place))
             for _, base, number, names in found[keep:]
             for place, name in enumerate(names)
         ]

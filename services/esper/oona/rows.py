@@ -32,12 +32,11 @@ ChunkRow = tuple[int, int, int, int, int, bytes, bytes, bytes]
 
 def chunk_row(row: int, chunk: Chunk) -> ChunkRow:
     """Encode a chunk of the partition with this row number."""
-    events = chunk.events
-    ids = pack([e.id.encode() for e in events])
-    keys = pack([e.key.encode() for e in events])
-    data = pack([e.data for e in events])
+    ids = pack([name.encode() for name in chunk.ids])
+    keys = pack([key.encode() for key in chunk.keys])
+    data = pack(chunk.data)
     crc = zlib.crc32(data, zlib.crc32(keys, zlib.crc32(ids)))
-    return (row << _OFFSET_BITS | chunk.last, chunk.base, events[0].store_us, chunk.size, crc, ids, keys, data)
+    return (row << _OFFSET_BITS | chunk.last, chunk.base, chunk.store_us, chunk.size, crc, ids, keys, data)
 
 
 def log_error(error: Exception, *, retry_after_s: float) -> EsperError:

@@ -362,7 +362,7 @@ class SqliteLog:
             # Constant writing never lets a passive checkpoint reach the end; little is left to move by now.
             await self._on(self._writing, self._writing.checkpoint, "TRUNCATE")
 
-    def _know(self, spec: TopicSpec, rows: list[PartitionRow], ids: dict[str, tuple[int, int]]) -> None:
+    def _know(self, spec: TopicSpec, rows: list[PartitionRow], ids: dict[str, int]) -> None:
         window = IdWindow(self._options.window_ids)
         window.update(ids)
         self._specs[spec.name] = spec

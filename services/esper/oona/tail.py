@@ -29,7 +29,7 @@ class TailCache:
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk that follows the one before it in its partition."""
         own = self._chunks.setdefault((chunk.topic, chunk.partition), [])
-        cost = chunk.size + _OVERHEAD * len(chunk.events)
+        cost = chunk.size + _OVERHEAD * len(chunk.ids)
         own.append(chunk)
         self._order.append((own, cost))
         self._size += cost
@@ -48,7 +48,7 @@ class TailCache:
             place = bisect_right(own, offset, key=_base) - 1
         chunk = own[place]
         begin = offset - chunk.base
-        return chunk.events[begin : begin + most] or None
+        return chunk.events(begin, begin + most) or None
 
 
 def _base(chunk: Chunk) -> int:

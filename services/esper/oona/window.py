@@ -2,7 +2,20 @@
 
 from collections.abc import Mapping
 
-__all__ = ["IdWindow"]
+__all__ = ["IdWindow", "from_place", "to_place"]
+
+
+def to_place(partition: int, offset: int) -> int:
+    """Partition (0 to 255) and offset as one number.
+
+    A window holds 100,000 of these, and the garbage collector would walk through as many tuples.
+    """
+    return offset << 8 | partition
+
+
+def from_place(place: int) -> tuple[int, int]:
+    """Undo `to_place`: (partition, offset)."""
+    return place & 255, place >> 8
 
 
 class IdWindow:
@@ -16,18 +29,18 @@ class IdWindow:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._young: dict[str, tuple[int, int]] = {}
-        self._old: dict[str, tuple[int, int]] = {}
+        self._young: dict[str, int] = {}
+        self._old: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
 
-    def get(self, event_id: str) -> tuple[int, int] | None:
-        """(partition, offset) of an id, or None when it is not in the window."""
+    def get(self, event_id: str) -> int | None:
+        """Place of an id, or None when it is not in the window."""
         found = self._young.get(event_id)
         return self._old.get(event_id) if found is None else found
 
-    def update(self, positions: Mapping[str, tuple[int, int]]) -> None:
+    def update(self, positions: Mapping[str, int]) -> None:
         """Remember ids that were stored, newest last."""
         if not self._size:
             return

@@ -12,7 +12,7 @@ from esper.oona.partitioner import partition_of
 from esper.oona.records import GroupPosition, NewEvent, StoredEvent, TopicSpec, check_topic_name
 from esper.oona.sequencer import Chunk, TopicState, stage
 from esper.oona.tail import TailCache
-from esper.oona.window import IdWindow
+from esper.oona.window import IdWindow, from_place, to_place
 
 
 def test_partitions_of_known_keys_never_change():
@@ -52,8 +52,8 @@ def test_window_remembers_at_least_its_size_and_at_most_twice():
     """The newest ids are always known, and memory is bounded."""
     window = IdWindow(10)
     for number in range(95):
-        window.update({f"id-{number}": (0, number)})
-        assert all(window.get(f"id-{n}") == (0, n) for n in range(max(0, number - 9), number + 1))
+        window.update({f"id-{number}": to_place(255, number)})
+        assert all(from_place(window.get(f"id-{n}")) == (255, n) for n in range(max(0, number - 9), number + 1))
         assert len(window) <= 20
     assert window.get("id-0") is None
 
@@ -61,13 +61,12 @@ def test_window_remembers_at_least_its_size_and_at_most_twice():
 def test_window_of_size_zero_remembers_nothing():
     """The window can be switched off."""
     window = IdWindow(0)
-    window.update({"a": (0, 0)})
+    window.update({"a": 0})
     assert window.get("a") is None
 
 
 def chunk(partition, base, count, *, size=100, topic="t"):
-    events = [StoredEvent(partition, o, str(o), "", bytes(size), 0) for o in range(base, base + count)]
-    return Chunk(topic, partition, events)
+    return Chunk(topic, partition, base, 5, [str(base + n) for n in range(count)], [""] * count, [bytes(size)] * count)
 
 
 def test_tail_gives_events_of_one_chunk():
@@ -79,7 +78,7 @@ def test_tail_gives_events_of_one_chunk():
     assert cache.get("t", 0, 9, 9) is None
     assert [11, 12] == [e.offset for e in cache.get("t", 0, 11, 9)]
     assert [13, 14] == [e.offset for e in cache.get("t", 0, 13, 2)]
-    assert [21] == [e.offset for e in cache.get("t", 0, 21, 2)]
+    assert [StoredEvent(0, 21, "21", "", bytes(100), 5)] == cache.get("t", 0, 21, 2)
     assert cache.get("t", 0, 22, 2) is None
     assert cache.get("t", 1, 10, 2) is None
 
@@ -126,7 +125,7 @@ def test_duplicates_within_a_group_are_stored_once():
     """The same id in one batch, or in two batches of a group, is one event with one position."""
     group = staged(states(partitions=1), [new("a"), new("a")], [new("b"), new("a")])
     assert [(((0, 0), (0, 0)), 1), (((0, 1), (0, 0)), 1)] == [(r.positions, r.duplicates) for r in group.results]
-    assert [0, 1] == [e.offset for c in group.chunks for e in c.events]
+    assert [0, 1] == [e.offset for c in group.chunks for e in c.events(0, 99)]
 
 
 def test_chunks_are_bounded():
@@ -135,7 +134,7 @@ def test_chunks_are_bounded():
     group = staged(states(partitions=1), events, chunk_events=2)
     assert [(0, 1), (2, 3), (4, 4)] == [(c.base, c.last) for c in group.chunks]
     group = staged(states(partitions=1), events, chunk_bytes=25)
-    assert [2, 2, 1] == [len(c.events) for c in group.chunks]
+    assert [2, 2, 1] == [len(c.ids) for c in group.chunks]
     group = staged(states(partitions=1), events, chunk_bytes=1)
     assert [10] * 5 == [c.size for c in group.chunks]
 
