@@ -86,7 +86,7 @@ def wishes(hello: RunHello, blueprints: Iterable[BlueprintFacts], rules: Prepara
                     signature=signature,
                     tier=tier,
                     target="" if tier == "portable" else hello.target,
-                    priority=max(0, (80 if first else 40) - 30 * place - min(pair, 9)),
+                    priority=max(0, (80 if first else 50) - 60 * place - min(pair, 9)),
                     awaited=first and tier in rules.prepare_tiers,
                 )
             )

@@ -91,7 +91,7 @@ def germination_closed(situation: Situation) -> str:  # noqa: PLR0911  # one ret
         if (value := getattr(state, name)) is not None and not math.isfinite(value)
     ]
     if unwell:
-        return f"the host is not well: {', '.join(unwell)} not finite"
+        return f"the host is not well at boundary {state.boundary}: {', '.join(unwell)} not finite"
     if alive >= situation.hello.max_active_seeds:
         return f"{alive} of at most {situation.hello.max_active_seeds} seeds are alive"
     if situation.parameters_left <= 0:
