@@ -304,6 +304,12 @@ class GrowthConfig:
     """Seeds between GERMINATED and FINE_TUNING at one time."""
     blueprints: tuple[str, ...] = ()
     """Names of the only blueprints allowed; empty for all that the library has."""
+    sites: tuple[str, ...] = ()
+    """Shell patterns of the names of modules that may grow, like "body" or "blocks.*"; empty for all."""
+    kinds: tuple[Literal["series", "parallel"], ...] = ("series", "parallel")
+    """Ways of attaching that may be used."""
+    granularities: tuple[Literal["layer", "block", "span"], ...] = ("layer", "block", "span")
+    """Sizes of places that may grow."""
     probation_boundaries: int = 2
     """Boundaries that a module must train on the task before it may be kept for good: about two epochs."""
     price_per_million_parameters: float = 0.1

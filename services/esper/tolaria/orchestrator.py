@@ -295,8 +295,8 @@ class Orchestrator:
         while not drain.is_set():
             try:
                 await asyncio.to_thread(self.look)
-            except (OSError, EsperError) as error:
-                _log.error("supervisor could not look after the runs", error=str(error))
+            except Exception:  # whatever is wrong with one look, the next one must still happen
+                _log.exception("supervisor could not look after the runs")
             waiting = asyncio.ensure_future(self._look_now.wait())
             sleeping = asyncio.ensure_future(sleep_or_drain(self._limits.look_every_s, drain))
             await asyncio.wait({waiting, sleeping}, return_when=asyncio.FIRST_COMPLETED)

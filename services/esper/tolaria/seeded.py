@@ -11,7 +11,7 @@ from torch import nn
 
 from esper.kasmina.blueprints.module import BlueprintModule
 from esper.kasmina.cache import DiskStore, Fetched
-from esper.kasmina.control import Stage
+from esper.kasmina.control import SiteKind, Stage
 from esper.kasmina.growth import Config as KasminaConfig
 from esper.kasmina.growth import wrap
 from esper.kasmina.kernels.load import load_kernel
@@ -81,6 +81,7 @@ class SeededNetwork(Network):
             self.model,
             self.optimizer,
             mesh=plane,
+            sites=growth.sites or None,
             example_inputs=(sample,),
             config=KasminaConfig(
                 run_id=run_id,
@@ -90,6 +91,8 @@ class SeededNetwork(Network):
                 parameter_budget=growth.parameter_budget,
                 max_active_seeds=growth.max_active_seeds,
                 blueprints=growth.blueprints,
+                kinds=tuple(SiteKind(kind) for kind in growth.kinds),
+                granularities=growth.granularities,
                 flops_per_sample=self._host_cost,
                 advise_deadline_s=config.control.advise_deadline_s,
                 probation_boundaries=growth.probation_boundaries,
