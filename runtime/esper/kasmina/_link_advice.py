@@ -121,6 +121,7 @@ class Advisor:
         self._strikes = 0
         self._failures = 0
         self._complaint = ""
+        self._generation = 0
 
     @property
     def standing(self) -> Standing:
@@ -152,6 +153,7 @@ class Advisor:
 
     def restart(self) -> None:
         """Open the stream, or open it again."""
+        self._generation += 1
         self._opened.set()
         self._put(_Reopen())
 
@@ -237,16 +239,20 @@ class Advisor:
         """
         with self._lock:
             hello = self._hello
+        generation = self._generation
         assert hello is not None  # `restart` follows `introduce`
         stub = TamiyoServiceStub(self._channel())
         call: Any = stub.Advise()
         inbox: asyncio.Queue[object] = asyncio.Queue(_INBOX)
-        self._inbox = inbox
         reader: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 await self._exchange(call, pb.AdviseRequest(hello=run_hello_to_proto(hello)))
+            if generation != self._generation:
+                raise _Reopen  # another hello was said meanwhile
             self._welcome()
+            # Only now: a question that came earlier still stands in `_question`, and must not be asked twice.
+            self._inbox = inbox
             reader = asyncio.create_task(_read(call, inbox))
             if self._question is not None and self._question.open:
                 inbox.put_nowait(self._question)

@@ -104,7 +104,8 @@ class Mesh:
             await library.CompleteWork(urza_service_pb2.CompleteWorkRequest(lease_id=lease.id, verdict=verdict))
 
     async def _lease(self, library: UrzaServiceStub, kind: lease_pb2.WorkKind) -> lease_pb2.Lease | None:
-        answer = await library.LeaseWork(urza_service_pb2.LeaseWorkRequest(kind=kind, holder="test"))
+        tiers = [build_pb2.TIER_PORTABLE] if kind == lease_pb2.WORK_KIND_COMPILE else []
+        answer = await library.LeaseWork(urza_service_pb2.LeaseWorkRequest(kind=kind, holder="test", tiers=tiers))
         return answer.leases[0] if answer.leases else None
 
     async def stop(self) -> None:
