@@ -7,6 +7,7 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
+
 from esper.mesh.bus import BusPublisher, PublisherOptions, PublisherThread, StoredAt, new_event
 from esper.mesh.channel import open_channel
 from esper.mesh.errors import InvalidInput, LimitExceeded, NotFound, Unavailable
@@ -22,11 +23,11 @@ NOWHERE = "127.0.0.1:1"
 
 
 @asynccontextmanager
-async def a_bus(path, *, port=0, **config):
+async def a_bus(path, *, port=0, max_message_bytes=4 << 20, **config):
     """A bus, on a port that a later one can take again."""
     context = service_context("oona", path)
     service = await build(Config(**config), context)
-    settings = settings_with(port=port, drain_grace_s=0.2)
+    settings = settings_with(port=port, drain_grace_s=0.2, options={"max_message_bytes": max_message_bytes})
     async with serve(service, settings=settings, drain=context.drain) as (server, channel):
         server.service = service
         yield server, channel
@@ -52,6 +53,7 @@ async def stored_in(channel, topic):
 
 
 def numbered(number, *, keys=5, **values):
+    """An event that says its number and belongs to one of a few keys."""
     return new_event("application/x-number", b"%d" % number, key=f"k{number % keys}", **values)
 
 
@@ -184,21 +186,23 @@ async def test_bus_restarts_in_the_middle(tmp_path):
 
 async def test_full_log_is_waited_for(tmp_path):
     """LOG_FULL is answered by sending the same batch again after the time asked for; telemetry is shed meanwhile."""
-    async with a_bus(tmp_path, max_log_bytes=1 << 20, full_retry_s=0.05) as (server, channel):
-        async with BusPublisher(channel, QUICK) as publisher:
-            for number in range(200):
-                assert publisher.offer("decisions", numbered(number, keys=1, source="x" * 100))
-                publisher.offer("run-events", new_event("t", bytes(20_000)))
-            assert not await publisher.flush(1.0)
-            assert publisher.stats.resent > 0
-            with pytest.raises(LimitExceeded) as caught:
-                await publisher.send("telemetry", new_event("t", bytes(1_000_000), priority=LOW))
-            assert "SHED" == caught.value.reason
-            log = server.service.broker.log
-            await log._on(log._writing, log._writing.db.execute, "PRAGMA max_page_count=100000")
-            assert await publisher.flush(10)
-            assert_in_order(await stored_in(channel, "decisions"), 200, keys=1)
-            assert (400, 1, 0) == (publisher.stats.stored, publisher.stats.shed, publisher.stats.rejected)
+    async with (
+        a_bus(tmp_path, max_log_bytes=1 << 20, full_retry_s=0.05) as (server, channel),
+        BusPublisher(channel, QUICK) as publisher,
+    ):
+        for number in range(200):
+            assert publisher.offer("decisions", numbered(number, keys=1, source="x" * 100))
+            publisher.offer("run-events", new_event("t", bytes(20_000)))
+        assert not await publisher.flush(1.0)
+        assert publisher.stats.resent > 0
+        with pytest.raises(LimitExceeded) as caught:
+            await publisher.send("telemetry", new_event("t", bytes(1_000_000), priority=LOW))
+        assert "SHED" == caught.value.reason
+        log = server.service.broker.log
+        await log._on(log._writing, log._writing.db.execute, "PRAGMA max_page_count=100000")
+        assert await publisher.flush(10)
+        assert_in_order(await stored_in(channel, "decisions"), 200, keys=1)
+        assert (400, 1, 0) == (publisher.stats.stored, publisher.stats.shed, publisher.stats.rejected)
 
 
 async def test_send_waits_for_the_disk(tmp_path):
@@ -224,6 +228,34 @@ async def test_an_event_that_breaks_the_contract_goes_alone(tmp_path):
         assert await publisher.flush(10)
         assert (12, 1) == (publisher.stats.stored, publisher.stats.rejected)
         assert_in_order(await stored_in(channel, "run-events"), 10)
+
+
+async def test_an_unlawful_topic_goes_alone(tmp_path):
+    """A name beyond the contract's bound is given up; it does not hold the other topics back."""
+    async with a_bus(tmp_path) as (_, channel), BusPublisher(channel, QUICK) as publisher:
+        publisher.publish("decisions", numbered(0))
+        with pytest.raises(InvalidInput):
+            await publisher.send("x" * 200, numbered(1))
+        publisher.publish("decisions", numbered(1))
+        assert await publisher.flush(10)
+        assert (2, 1) == (publisher.stats.stored, publisher.stats.rejected)
+
+
+async def test_a_bus_that_takes_less_at_a_time(tmp_path):
+    """Batches shrink until the server takes them, in order; only an event that is too large by itself is given up."""
+    async with (
+        a_bus(tmp_path, max_message_bytes=50_000, partitions=1) as (_, channel),
+        BusPublisher(channel, QUICK) as publisher,
+    ):
+        for number in range(100):
+            publisher.publish("decisions", numbered(number, attributes={"filler": "x" * 256}, source="s" * 100))
+            publisher.publish("run-events", new_event("t", bytes(10_000)))
+        with pytest.raises(LimitExceeded) as caught:
+            await publisher.send("field-reports", new_event("t", bytes(60_000)))
+        assert "MESSAGE_TOO_LARGE" == caught.value.reason
+        assert await publisher.flush(10)
+        assert (200, 1) == (publisher.stats.stored, publisher.stats.rejected)
+        assert_in_order(await stored_in(channel, "decisions"), 100)
 
 
 async def test_closing_refuses_what_follows_and_fails_what_waits():

@@ -88,6 +88,7 @@ class BusPublisher:
         self._events = 0
         self._bytes = 0
         self._numbers = 0
+        self._most_bytes = self.options.batch_bytes
         self._signalled = False
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -287,7 +288,7 @@ class BusPublisher:
     def _fresh(self) -> bool:
         """Whether waiting for company makes sense: something waits, and no batch is full yet."""
         lanes = list(self._lanes.values())
-        most, size = self.options.batch_events, self.options.batch_bytes
+        most, size = self.options.batch_events, self._most_bytes
         full = any(len(lane.waiting) >= most or lane.size >= size for lane in lanes)
         return not full and any(lane.waiting and lane.batch is None for lane in lanes)
 
@@ -298,7 +299,7 @@ class BusPublisher:
         entries: list[_Entry] = []
         size = 0
         with self._lock:
-            while lane.waiting and len(entries) < self.options.batch_events and size < self.options.batch_bytes:
+            while lane.waiting and len(entries) < self.options.batch_events and size < self._most_bytes:
                 entry = lane.waiting.popleft()
                 size += entry.size
                 entries.append(entry)
@@ -354,22 +355,46 @@ class BusPublisher:
 
     def _broken(self, error: EsperError) -> None:
         """Have what was not answered sent again on the next stream, except what broke it."""
+        too_large = error.reason == "MESSAGE_TOO_LARGE"
+        if too_large:
+            # The server takes less at a time than we thought: smaller batches from now on.
+            self._most_bytes = max(1, self._most_bytes // 2)
         for lane in self._lanes.values():
             batch = lane.batch
             if batch is None or not batch.written:
                 continue
             batch.written = False
-            if error.code in _HOPELESS or error.reason == "MESSAGE_TOO_LARGE":
-                good = [entry for entry in batch.entries if not _violations(lane.topic, entry.event)]
-                if len(good) == len(batch.entries) and error.reason != "VALIDATION_FAILED":
-                    good = []  # none breaks a bound, yet the server will not have them: it would refuse them for ever
-                self._give_up(lane, [entry for entry in batch.entries if entry not in good], error)
-                batch.entries = good
-                lane.batch = batch if good else None
+            if too_large:
+                self._shrink(lane, batch, error)
+            elif error.code in _HOPELESS:
+                self._sort_out(lane, batch, error)
             self._stats.resent += len(batch.entries)
+            lane.batch = batch if batch.entries else None
         if not self._busy():
             self._idle.set()
         self._wake.set()
+
+    def _shrink(self, lane: _Lane, batch: _Batch, error: EsperError) -> None:
+        """Put the second half back in front of what waits; give up a single event that is beyond the bound."""
+        if len(batch.entries) == 1:
+            if batch.entries[0].size > self._most_bytes:
+                self._give_up(lane, batch.entries, error)
+                batch.entries = []
+            return
+        half = len(batch.entries) // 2
+        batch.entries, rest = batch.entries[:half], batch.entries[half:]
+        with self._lock:
+            lane.waiting.extendleft(reversed(rest))
+            lane.size += sum(entry.size for entry in rest)
+
+    def _sort_out(self, lane: _Lane, batch: _Batch, error: EsperError) -> None:
+        """Give up the events that break a bound of the contract."""
+        bad = [entry for entry in batch.entries if _violations(lane.topic, entry.event)]
+        if not bad and error.reason != "VALIDATION_FAILED":
+            bad = batch.entries  # none breaks a bound, yet the server will not have them: it would refuse them for ever
+        self._give_up(lane, bad, error)
+        given_up = {id(entry) for entry in bad}
+        batch.entries = [entry for entry in batch.entries if id(entry) not in given_up]
 
     def _give_up(self, lane: _Lane, entries: list[_Entry], error: EsperError) -> None:
         if not entries:

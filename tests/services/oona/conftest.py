@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+
 from esper.mesh.server import MeshServer
 from esper.mesh.testing import serve, service_context
 from esper.oona.service import Config, OonaService, build

@@ -7,10 +7,10 @@ import sys
 
 import grpc
 import pytest
+
 from esper.mesh.channel import open_channel
 from esper.v1 import event_pb2, oona_service_pb2
 from esper.v1.oona_service_pb2_grpc import OonaServiceStub
-
 from tests.services.oona.conftest import receive, running
 
 SERVER = """
@@ -29,6 +29,7 @@ BATCH = 20
 
 
 async def start(path):
+    """A bus in a process of its own; its address."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVER, str(path), stdout=asyncio.subprocess.PIPE
     )
@@ -69,8 +70,11 @@ async def publish_until_killed(target, process, topic, begin, kill_after):
 
 @pytest.mark.parametrize("topic", ["decisions", "telemetry"])
 async def test_every_acknowledged_event_survives_kill_9(tmp_path, topic):
-    """Three servers in a row are killed while batches are under way; afterwards no acknowledged event is missing, no
-    event is there twice, every batch is there whole or not at all, and each key is in order."""
+    """Three servers in a row are killed while batches are under way.
+
+    Afterwards no acknowledged event is missing, no event is there twice, every batch is there whole or not at all, and
+    each key is in order.
+    """
     acknowledged = []
     for life, kill_after in enumerate((7, 40, 90)):
         process, target = await start(tmp_path)

@@ -5,16 +5,19 @@ from esper.oona.records import GroupPosition, StoredEvent
 
 
 def stored(offset, key="", data=b"x"):
+    """An event as the log gives it."""
     return StoredEvent(0, offset, f"id-{offset}", key, data, 0)
 
 
 def fed(*keys, limit=100):
+    """A cursor that has read one event per key."""
     cursor = Cursor(0, GroupPosition(0), limit=limit)
     cursor.feed(stored(offset, key) for offset, key in enumerate(keys))
     return cursor
 
 
 def offsets(items):
+    """Their offsets."""
     return [item.offset for item in items]
 
 

@@ -1,16 +1,15 @@
-"""A log without room: a small tmpfs where we may mount one, a limit on the file's size (RLIMIT_FSIZE) and SQLite's own
-page limit elsewhere. Whatever stops it, what was acknowledged stays and the log goes on once there is room."""
+"""A log without room: what was acknowledged stays, and the log goes on once there is room.
+
+Three things stop it here: a tmpfs of 4 MiB where one may be mounted, a limit on the size of the process's files
+(RLIMIT_FSIZE), and SQLite's own page limit (`max_log_bytes`).
+"""
 
 import os
-import resource
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
-from esper.v1 import event_pb2, oona_service_pb2
 
 from tests.services.oona.conftest import make_event, receive, running
 
@@ -30,6 +29,7 @@ def small_disk(tmp_path):
 
 
 def bulky(number, *, low=False):
+    """Five events of 20 kB that do not compress."""
     return [make_event(number * 100 + n, payload=os.urandom(20_000), low=low, key="k") for n in range(5)]
 
 
@@ -130,7 +130,7 @@ asyncio.run(main())
 
 
 async def test_file_size_limit_of_the_process(tmp_path):
-    """Where the system forbids the file to grow (RLIMIT_FSIZE), the refusal is LOG_FULL too and nothing stored is lost."""
+    """Where the system forbids the file to grow (RLIMIT_FSIZE), the refusal is LOG_FULL too; nothing stored is lost."""
     ran = subprocess.run(  # noqa: ASYNC221  # nothing else runs here
         [sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
     )

@@ -4,6 +4,7 @@ from esper.oona.records import GroupPosition, StoredEvent
 
 
 def group_of(partitions, events=(), *, max_attempts=3, max_in_flight=1000):
+    """A group whose cursors have read this many events."""
     cursors = [Cursor(p, GroupPosition(0), limit=10_000) for p in range(partitions)]
     for partition, count in enumerate(events):
         cursors[partition].feed(
@@ -14,10 +15,12 @@ def group_of(partitions, events=(), *, max_attempts=3, max_in_flight=1000):
 
 
 def member(credit=1000, timeout=10.0, name="m"):
+    """A member with plenty of credit."""
     return Member(name, timeout, credit)
 
 
 def poll(group, who, now=0.0, most=1000, most_bytes=1 << 20):
+    """What the member gets."""
     return group.poll(who, now, most, most_bytes)
 
 
@@ -108,7 +111,7 @@ def test_backoff_doubles_up_to_its_limit():
 
 
 def test_unanswered_delivery_comes_again():
-    """After the timeout and the backoff an event is delivered again, and a late answer to the first delivery is void."""
+    """After timeout and backoff an event is delivered again, and a late answer to the first delivery is void."""
     group = group_of(1, [1])
     who = member(timeout=10.0)
     group.join(who)

@@ -66,6 +66,7 @@ def test_window_of_size_zero_remembers_nothing():
 
 
 def chunk(partition, base, count, *, size=100, topic="t"):
+    """A chunk of consecutive events."""
     return Chunk(topic, partition, base, 5, [str(base + n) for n in range(count)], [""] * count, [bytes(size)] * count)
 
 
@@ -98,15 +99,18 @@ def test_tail_is_bounded():
 
 
 def states(*, partitions=2, window=100):
+    """State of an empty log."""
     spec = TopicSpec(name="t", partitions=partitions, create_time=datetime.now(UTC))
     return {"t": TopicState(spec, [0] * partitions, IdWindow(window))}
 
 
 def new(identity, key="k", data=b"data"):
+    """An event to store."""
     return NewEvent(identity, key, data)
 
 
 def staged(topics, *batches, chunk_events=100, chunk_bytes=1 << 20):
+    """Batches, staged."""
     return stage(topics, [("t", b) for b in batches], store_us=5, chunk_events=chunk_events, chunk_bytes=chunk_bytes)
 
 

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
+
 from esper.mesh.errors import AlreadyExists, EsperError, InvalidInput, NotFound, Unavailable, from_rpc_error
 from esper.mesh.identity import Role
 from esper.mesh.testing import channel_as
 from esper.oona.service import DEFAULT_TOPICS
 from esper.v1 import event_pb2, oona_service_pb2
 from esper.v1.oona_service_pb2_grpc import OonaServiceStub
-
 from tests.services.oona.conftest import eventually, make_event, receive, running
 
 Ack, Nack = oona_service_pb2.SubscribeAck, oona_service_pb2.SubscribeNack
@@ -26,6 +26,7 @@ async def error_of(call) -> EsperError:
 
 
 async def nack(call, *deliveries, reason="", delay_s=None):
+    """Refuse deliveries."""
     message = Nack(delivery_ids=[d.delivery_id for d in deliveries], reason=reason)
     if delay_s is not None:
         message.delay.FromNanoseconds(int(delay_s * 1e9))
@@ -33,6 +34,7 @@ async def nack(call, *deliveries, reason="", delay_s=None):
 
 
 async def grant(call, credit):
+    """Allow further deliveries."""
     await call.write(oona_service_pb2.SubscribeRequest(credit=oona_service_pb2.SubscribeCredit(credit=credit)))
 
 
