@@ -146,7 +146,9 @@ class LocalBlobWriter:
 
     def _drop(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # Closing flushes what is left, which a full disk refuses once more; it is not wanted anyway.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
         self._staged.unlink(missing_ok=True)
 

@@ -18,6 +18,8 @@ from esper.urza.shelf import FULL, kernel_from_row
 __all__ = ["KernelQuery", "list_kernels"]
 
 MAX_BRANCHES = 16
+RARE = 1000
+"""Kernels of a tag up to which looking them up one by one is cheaper than asking each kernel for the tag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,10 @@ async def list_kernels(
     # With many signatures one branch takes them all, lest the statement grow without bound.
     if len(states) * len(signatures) > MAX_BRANCHES:
         signatures = [query.signatures]
-    branches = [_branch(query, state, some, limit=limit, before=before) for state, some in product(states, signatures)]
+    rare = frozenset([tag for tag in query.tags if await _is_rare(connection, tag)])
+    branches = [
+        _branch(query, state, some, rare, limit=limit, before=before) for state, some in product(states, signatures)
+    ]
     chosen = sa.union_all(*branches).subquery()
     newest = sa.select(chosen.c.sequence).order_by(chosen.c.sequence.desc()).limit(limit + 1)
     statement = FULL.where(kernels.c.sequence.in_(newest)).order_by(kernels.c.sequence.desc())
@@ -75,16 +80,22 @@ async def list_kernels(
     return Page(tuple(kernel_from_row(row) for row in rows[:limit]), more=len(rows) > limit)
 
 
+async def _is_rare(connection: AsyncConnection, tag: str) -> bool:
+    some = sa.select(kernel_tags.c.sequence).where(kernel_tags.c.tag == tag).limit(RARE + 1).subquery()
+    return int((await connection.execute(sa.select(sa.func.count()).select_from(some))).scalar_one()) <= RARE
+
+
 def _branch(
     query: KernelQuery,
     state: KernelState | None,
     signatures: frozenset[Signature],
+    rare: frozenset[str],
     *,
     limit: int,
     before: int | None,
 ) -> sa.Select[Any]:
     k = kernels.c
-    where = list(_conditions(query))
+    where = list(_conditions(query, rare))
     if state is not None:
         where.append(k.state == state.value)
     if len(signatures) == 1:
@@ -97,7 +108,7 @@ def _branch(
     return sa.select(inner.subquery().c.sequence)
 
 
-def _conditions(query: KernelQuery) -> Iterator[sa.ColumnElement[bool]]:
+def _conditions(query: KernelQuery, rare: frozenset[str]) -> Iterator[sa.ColumnElement[bool]]:
     k = kernels.c
     if query.target:
         yield sa.or_(k.tier == Tier.PORTABLE.value, k.target == query.target)
@@ -106,7 +117,11 @@ def _conditions(query: KernelQuery) -> Iterator[sa.ColumnElement[bool]]:
     if query.tier is not None:
         yield k.tier == query.tier.value
     for tag in sorted(query.tags):
-        yield k.sequence.in_(sa.select(kernel_tags.c.sequence).where(kernel_tags.c.tag == tag))
+        having = sa.select(kernel_tags.c.sequence).where(kernel_tags.c.tag == tag)
+        if tag in rare:
+            yield k.sequence.in_(having)
+        else:
+            yield having.where(kernel_tags.c.sequence == k.sequence).exists()
     if query.max_parameters:
         yield k.parameters <= query.max_parameters
     if query.causal_only:

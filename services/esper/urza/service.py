@@ -141,7 +141,11 @@ async def build(config: Config, context: ServiceContext) -> Service:
         clock=context.clock,
         readers=config.database_connections,
     )
-    blobs = LocalBlobStore(context.data_dir / "blobs", max_bytes=config.max_kernel_bytes)
+    try:
+        blobs = LocalBlobStore(context.data_dir / "blobs", max_bytes=config.max_kernel_bytes)
+    except OSError:
+        await store.close()
+        raise
     rules = Rules(
         max_attempts=config.max_attempts, lease_memory_s=config.lease_memory_s, watcher_queue=config.watcher_queue
     )

@@ -43,6 +43,9 @@ CHANNEL = "esper_library"
 _MIGRATION_LOCK = 0x45535052
 """Advisory lock under which servers that start together migrate one after the other."""
 
+_OPEN_S = 60.0
+"""Seconds that connecting and migrating may take."""
+
 _T = TypeVar("_T")
 
 # Alembic tells every step of a migration at level INFO of the standard logger; we log the outcome.
@@ -99,7 +102,7 @@ class Store:
 
     Args:
         writer: engine whose transactions begin with the right to write.
-        reader: engine for everything else; the same one on PostgreSQL.
+        reader: engine for everything else.
         clock: aware UTC time.
         library_id: identity of the library, for ever.
     """
@@ -144,8 +147,7 @@ class Store:
             # The asynchronous driver leaves a thread behind when it cannot open a file: ask the plain one first.
             await asyncio.to_thread(_probe, str(writer.url.database))
         try:
-            async with asyncio.timeout(60):
-                library_id = await _translated(_migrate(writer))
+            library_id = await _translated(asyncio.wait_for(_migrate(writer), _OPEN_S))
         except BaseException:
             await writer.dispose()
             await reader.dispose()
@@ -173,7 +175,7 @@ class Store:
         return await self._finish(self._write(work))
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[_T]]) -> _T:
-        """Run `work` on a connection that sees one state of the library (SQLite) or committed states (PostgreSQL).
+        """Run `work` on a connection whose every statement sees what is committed.
 
         Raises:
             Unavailable: DATABASE_UNAVAILABLE.
@@ -230,18 +232,26 @@ def _engines(url: str, readers: int) -> tuple[AsyncEngine, AsyncEngine]:
         parsed = sa.make_url(url)
     except ArgumentError:
         raise _bad_url("a text that is no URL") from None
+    # A reader's statement is a transaction of its own: no BEGIN and ROLLBACK around it, which would triple its cost.
+    for_reading: dict[str, Any] = {
+        "pool_size": readers,
+        "max_overflow": 0,
+        "isolation_level": "AUTOCOMMIT",
+        "skip_autocommit_rollback": True,
+        "pool_reset_on_return": None,
+    }
     if parsed.drivername == "sqlite+aiosqlite" and parsed.database and parsed.database != ":memory:":
         writer = create_async_engine(parsed, pool_size=1, max_overflow=0)
-        reader = create_async_engine(parsed, pool_size=readers, max_overflow=0, pool_timeout=30)
-        _tame_sqlite(writer, begin="BEGIN IMMEDIATE", read_only=False)
-        _tame_sqlite(reader, begin="BEGIN", read_only=True)
+        reader = create_async_engine(parsed, **for_reading)
+        _tame_sqlite(writer, read_only=False)
+        _tame_sqlite(reader, read_only=True)
         return writer, reader
     if parsed.drivername == "postgresql+asyncpg":
         # READ COMMITTED: a statement that waited for the lock sees what was committed meanwhile.
-        engine = create_async_engine(
-            parsed, pool_size=readers + 1, max_overflow=0, pool_pre_ping=True, isolation_level="READ COMMITTED"
+        writer = create_async_engine(
+            parsed, pool_size=1, max_overflow=0, pool_pre_ping=True, isolation_level="READ COMMITTED"
         )
-        return engine, engine
+        return writer, create_async_engine(parsed, pool_pre_ping=True, **for_reading)
     raise _bad_url(f"{parsed.drivername!r} ({'no database' if not parsed.database else 'a database'})")
 
 
@@ -261,7 +271,7 @@ def _bad_url(found: str) -> InvalidInput:
     )
 
 
-def _tame_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
+def _tame_sqlite(engine: AsyncEngine, *, read_only: bool) -> None:
     """Set what SQLite does not by itself: a write-ahead log, durable commits, foreign keys, explicit transactions."""
 
     def configure(connection: Any, _record: Any) -> None:
@@ -274,10 +284,11 @@ def _tame_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
         cursor.close()
 
     def start(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(begin)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     sa.event.listen(engine.sync_engine, "connect", configure)
-    sa.event.listen(engine.sync_engine, "begin", start)
+    if not read_only:
+        sa.event.listen(engine.sync_engine, "begin", start)
 
 
 async def _migrate(engine: AsyncEngine) -> str:

@@ -148,3 +148,16 @@ async def test_a_full_disk_is_said(store: LocalBlobStore, monkeypatch: pytest.Mo
         assert "DISK_FULL" == getattr(caught.value, "reason", "DISK_FULL")
         await writer.abort()
     assert [] == files(store)
+
+
+async def test_a_disk_that_fills_up_in_mid_upload(store: LocalBlobStore) -> None:
+    """A write that the disk refuses is DISK_FULL, and the abort that follows does not fail a second time."""
+    writer = await store.create()
+    assert writer._file is not None
+    writer._file.close()
+    writer._file = Path("/dev/full").open("wb")  # noqa: ASYNC230, SIM115  # a disk without room, closed by the abort
+    with pytest.raises(LimitExceeded) as caught:
+        await writer.write(bytes(1_000_000))
+    assert "DISK_FULL" == caught.value.reason
+    await writer.abort()
+    assert [] == files(store)

@@ -20,7 +20,7 @@ from esper.mesh.errors import (
     Unsupported,
 )
 from esper.mesh.identity import Identity, Role
-from esper.urza import log
+from esper.urza import log, search
 from esper.urza.blueprints import Blueprint, BlueprintState
 from esper.urza.builds import BuildState, Tier
 from esper.urza.kernels import Kernel, KernelState
@@ -515,8 +515,10 @@ class TestKernels:
         for wrong in (kernel.id[:14], "sha256:" + "0" * 8, "low_rank"):
             await refused(NotFound, "KERNEL_NOT_FOUND", world.library.get_kernel(wrong))
 
-    async def test_search(self, world: World) -> None:
-        """Every condition of a listing chooses what it says, and all of them hold together."""
+    @pytest.mark.parametrize("rare", [0, 1000])
+    async def test_search(self, world: World, rare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every condition of a listing chooses what it says, and all of them hold together, however common a tag is."""
+        monkeypatch.setattr(search, "RARE", rare)
         blueprint_id = await world.submit(tags=("handmade",))
         wide = replace(SIGNATURE, in_features=64)
         fast = await world.validated(await world.order(blueprint_id))

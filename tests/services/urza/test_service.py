@@ -55,6 +55,9 @@ async def test_settings(tmp_path: Path) -> None:
     assert "hunter2" not in repr(config)
     with pytest.raises(InvalidInput, match="expected sqlite"):
         await build(config, service_context("urza", tmp_path))
+    (tmp_path / "blobs").write_text("in the way")
+    with pytest.raises(NotADirectoryError):
+        await build(Config(), service_context("urza", tmp_path))
     for wrong in ({"max_attempts": 0}, {"max_kernel_bytes": (1 << 30) + 1}, {"colour": "red"}):
         with pytest.raises(ValidationError):
             Config.model_validate(wrong)

@@ -156,6 +156,48 @@ async def test_servers_that_share_a_database_wake_each_other(postgres_url: str, 
                 assert [build.id] == [lease.subject_id for lease in await waiting]
 
 
+async def test_notifications_survive_a_cut_connection(
+    postgres_url: str, postgres_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When PostgreSQL cuts every connection, a server listens again by itself and misses nothing."""
+    import asyncpg
+
+    from esper.urza import notify
+
+    monkeypatch.setattr(notify, "_RETRY_S", 0.01)
+    async with (
+        open_world(postgres_url, tmp_path / "a") as here,
+        open_world(postgres_url, tmp_path / "b") as there,
+        aclosing(there.library.watch(None)) as changes,
+    ):
+        await anext(changes)
+        admin = await asyncpg.connect(postgres_server)
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND query LIKE 'LISTEN%'",
+            postgres_url.rpartition("/")[2],
+        )
+        await admin.close()
+        await here.submit()
+        assert [1] == [change.sequence for change in await take(changes, 1)]
+
+
+async def test_a_lost_notification_server_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing answers, listening goes on trying, until the drain."""
+    import sqlalchemy as sa
+
+    from esper.urza import notify
+
+    monkeypatch.setattr(notify, "_RETRY_S", 0.01)
+    drain = asyncio.Event()
+    url = sa.make_url("postgresql+asyncpg://esper@127.0.0.1:1/library")
+    listening = asyncio.ensure_future(notify.listen(url, lambda _topics: None, frozenset(), drain))
+    await asyncio.sleep(0.1)
+    assert not listening.done()
+    drain.set()
+    async with asyncio.timeout(10):
+        await listening
+
+
 async def test_two_servers_hand_each_piece_out_once(postgres_url: str, tmp_path: Path) -> None:
     """Forges of two servers on one database never get the same build."""
     from esper.urza.leases import Request, WorkKind
