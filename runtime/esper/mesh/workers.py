@@ -65,8 +65,9 @@ class WorkerError(WorkerFailed):
 
 
 class WorkerCrashed(WorkerFailed):
-    """The process ended in mid-job (a signal, an exit, nonsense on the wire), or could not be started (reason
-    WORKER_NOT_STARTED: the job is not to blame).
+    """The process ended in mid-job: a signal, an exit, nonsense on the wire.
+
+    Also raised with the reason WORKER_NOT_STARTED where no process could be started: the job is not to blame then.
     """
 
     default_reason = "WORKER_CRASHED"
@@ -300,8 +301,9 @@ class WorkerPool:
             ending = f"not ready after {self.start_limit_s:g} s" if late else await child.ending()
             await child.kill()
             log.warning("worker did not start", worker=slot.index, entry=self.entry, ending=ending, output=child.tail())
+            words = child.tail() or "none"
             raise WorkerCrashed(
-                f"worker {slot.index} of {self.entry} did not start: {ending}; its last words: {child.tail() or 'none'}",
+                f"worker {slot.index} of {self.entry} did not start: {ending}; its last words: {words}",
                 reason="WORKER_NOT_STARTED",
             ) from error
         except asyncio.CancelledError:

@@ -81,7 +81,8 @@ CHECKS: tuple[CheckSpec, ...] = (
     CheckSpec("behaviour.purity", "Forward and backward leave input, gradient and parameters as they were."),
     CheckSpec(
         "behaviour.extremes",
-        "Zeros, tiny, large and infinite inputs give what eager gives; a NaN shows in its own sample and in no other.",
+        "Zeros, tiny and large inputs give what eager gives, the largest return at all; NaN and infinity show in their "
+        "own sample where eager shows them, and in no other.",
     ),
     CheckSpec("cost.memory", "Peak memory of forward and backward stays within a multiple of eager's."),
     CheckSpec(
@@ -100,8 +101,8 @@ class Tolerance:
 
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
     {
-        # float32: correct kernels of the whole catalogue were measured below MEASURED; a wrong
-        # term is larger than 1e-2. The bounds stand between, nearer to the correct ones.
+        # float32: correct kernels of the whole catalogue, at widths from 1 to 512, stayed below 4e-6 (outputs) and 4e-5
+        # (gradients), while a scale that is 1 % off gives 2e-2. The bounds stand between, nearer to the correct ones.
         "float64": Tolerance(1e-10, 1e-9),
         "float32": Tolerance(1e-4, 5e-4),
         "float16": Tolerance(5e-2, 1e-1),

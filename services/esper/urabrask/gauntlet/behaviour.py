@@ -92,7 +92,6 @@ _CASES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("zeros", torch.zeros_like),
     ("tiny inputs (1e-30)", lambda x: x * 1e-30),
     ("large inputs (1e4)", lambda x: x * 1e4),
-    ("inputs near the largest number", lambda x: x / x.abs().max() * torch.finfo(x.dtype).max * 0.5),
 )
 
 
@@ -104,6 +103,9 @@ def extremes_as_eager(subject: Subject) -> str:
     with torch.no_grad():
         for name, make in _CASES:
             wrong += _differences(subject, name, module(make(usual)), eager(make(usual)))
+        # Near the largest number sums overflow, or not, by the order of their terms, which nothing prescribes: all that
+        # is asked is that the call returns.
+        module(usual / usual.abs().max() * torch.finfo(usual.dtype).max)
         calm = module(usual)
         for name, value in (("NaN", float("nan")), ("infinity", float("inf"))):
             poisoned = usual.clone()
@@ -111,7 +113,7 @@ def extremes_as_eager(subject: Subject) -> str:
             wrong += _spread(name, module(poisoned), eager(poisoned), calm)
     if wrong:
         raise Refuted("; ".join(wrong))
-    return f"{len(_CASES)} extremes as eager; NaN and infinity show in their own sample only"
+    return "zeros, tiny and large inputs as eager; NaN and infinity show in their own sample only"
 
 
 def _differences(subject: Subject, name: str, found: Tensor, expected: Tensor) -> Iterator[str]:

@@ -90,7 +90,11 @@ def memory(subject: Subject, figures: Figures) -> str:
 
 
 def latency(subject: Subject, figures: Figures) -> str:
-    """cost.latency: medians of interleaved repeats, so that a disturbance of the machine hits both sides."""
+    """cost.latency: medians of interleaved repeats, so that a disturbance of the machine hits both sides.
+
+    Counted is processor time of the process (one thread, so on an idle machine the same as wall time): an engine that
+    shares its machine with a trainer would otherwise measure the trainer.
+    """
     kernel, eager = _passes(subject)
     works: dict[str, Callable[[], object]] = {
         "forward": _without_grad(kernel),
@@ -105,9 +109,9 @@ def latency(subject: Subject, figures: Figures) -> str:
     end = time.perf_counter() + _BUDGET_S
     while len(times["step"]) < _MIN_REPEATS or (time.perf_counter() < end and len(times["step"]) < _MAX_REPEATS):
         for name, work in works.items():
-            began = time.perf_counter_ns()
+            began = time.process_time_ns()
             work()
-            times[name].append((time.perf_counter_ns() - began) / 1e3)
+            times[name].append((time.process_time_ns() - began) / 1e3)
     middle = {name: statistics.median(values) for name, values in times.items()}
     # Ratios of pairs: what slowed the machine for a while slowed both of a pair.
     pairs = {
@@ -124,10 +128,11 @@ def latency(subject: Subject, figures: Figures) -> str:
     figures["latency.step.ratio"] = (round(ratios["step"], 4), "ratio")
     figures["latency.noise"] = (round(noise, 4), "ratio")
     figures["latency.repeats"] = (float(len(times["step"])), "count")
-    if middle["step"] > LATENCY_FLOOR_US and ratios["step"] > LATENCY_CEILING:
-        raise Refuted(
-            f"expected forward and backward within {LATENCY_CEILING:g} times eager's time, found {ratios['step']:.1f}"
-        )
+    # A refusal is final, so it goes by the fastest repeats: a disturbance slows, it never speeds up.
+    best = {name: min(values) for name, values in times.items()}
+    share = best["step"] / best["eager.step"]
+    if best["step"] > LATENCY_FLOOR_US and share > LATENCY_CEILING:
+        raise Refuted(f"expected forward and backward within {LATENCY_CEILING:g} times eager's time, found {share:.1f}")
     return (
         f"forward and backward {middle['step']:.0f} us, {ratios['step']:.2f} times eager's "
         f"(noise {noise:.2f}, {len(times['step'])} interleaved repeats)"

@@ -32,7 +32,9 @@ _NOMINAL: Mapping[Layout, tuple[int, ...]] = {
     Layout.IMAGE: (16, 8, 8),
 }
 _NOMINAL_ELEMENTS = 1 << 20
-"""Elements of a nominal input at most: beyond it the batch shrinks, so that wide kernels are judged in seconds too."""
+_NOMINAL_FLOPS = 5e7
+"""Elements of a nominal input, and operations of a forward over it, at most: beyond either the batch shrinks, so that
+wide kernels are judged in about the time of narrow ones (5e7 operations take 5 to 10 ms on one core)."""
 
 
 class Refuted(Exception):
@@ -71,8 +73,8 @@ class Subject:
         """Extents at which cost is measured."""
         batch, *rest = _NOMINAL[self.signature.layout]
         wide = max(self.signature.in_features, self.signature.out_features)
-        room = _NOMINAL_ELEMENTS // (wide * math.prod(rest))
-        return (max(2, min(batch, room)), *rest)
+        room = min(_NOMINAL_ELEMENTS / wide, _NOMINAL_FLOPS / max(self.plan.flops, 1.0)) / math.prod(rest)
+        return (max(2, min(batch, int(room))), *rest)
 
     def shape(self, extents: Sequence[int], features: int) -> tuple[int, ...]:
         """Extents and features as the layout orders them."""
