@@ -1,0 +1,101 @@
+"""A training process whose controller is a script: germinate at a boundary, advance whenever the gates allow."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from esper.kasmina.cache import DiskStore
+from esper.kasmina.control import (
+    Action,
+    Advice,
+    BlendStrategy,
+    BoundaryState,
+    Decision,
+    KernelChoice,
+    RunHello,
+    Stage,
+)
+from esper.kasmina.kernels.load import load_candidate
+from esper.kasmina.local import LocalPlane
+from esper.tolaria.rundir import RunDir
+from esper.tolaria.worker import Launch, Session
+
+
+class ScriptedPlane(LocalPlane):
+    """Follows ``{"kernel_id", "germinate": boundary, "site", "fossilize": bool, "cull": boundary, "silent": [boundaries]}``."""
+
+    def __init__(self, plan: dict[str, Any], cache_dir: str) -> None:
+        kernels = {}
+        if plan.get("kernel_id"):
+            fetched = DiskStore(Path(cache_dir), 1 << 30).read(plan["kernel_id"])
+            assert fetched is not None
+            kernels[plan["kernel_id"]] = load_candidate(fetched.bundle, plan["kernel_id"])
+        super().__init__(kernels, self.decide)
+        self.plan = plan
+
+    def decide(self, state: BoundaryState) -> Advice | None:
+        """The script, as a pure function of the state."""
+        if state.boundary in self.plan.get("silent", []):
+            return None
+        decisions = []
+        if state.boundary == self.plan.get("germinate"):
+            decisions.append(self._germinate(state))
+        for seed in state.seeds:
+            if state.boundary == self.plan.get("cull"):
+                decisions.append(self._command(state, seed.index, Action.CULL, None))
+            elif seed.stage < Stage.FINE_TUNING:
+                decisions.append(self._command(state, seed.index, Action.ADVANCE, Stage.FINE_TUNING))
+            elif seed.stage is Stage.FINE_TUNING and self.plan.get("fossilize", True):
+                decisions.append(self._command(state, seed.index, Action.ADVANCE, Stage.FOSSILIZED))
+        return Advice(
+            boundary=state.boundary,
+            decisions=tuple(decisions),
+            explanation="as the script says",
+            controller_state=f"after {state.boundary}".encode(),
+        )
+
+    def _germinate(self, state: BoundaryState) -> Decision:
+        assert isinstance(self.hello, RunHello)
+        site = next(s for s in self.hello.sites if s.name == self.plan["site"] and s.kind == "parallel")
+        choice = KernelChoice(
+            kernel_id=self.plan["kernel_id"],
+            blueprint_name="conv_bottleneck",
+            blend=BlendStrategy.IMMEDIATE,
+            blend_steps=0,
+            learning_rate_scale=3.0,
+        )
+        return Decision(
+            decision_id=f"{state.boundary}.{site.index}",
+            boundary=state.boundary,
+            seed=site.index,
+            action=Action.GERMINATE,
+            reason="SCRIPT",
+            explanation="the script germinates here",
+            kernel=choice,
+        )
+
+    @staticmethod
+    def _command(state: BoundaryState, seed: int, action: Action, to: Stage | None) -> Decision:
+        return Decision(
+            decision_id=f"{state.boundary}.{seed}.{action}",
+            boundary=state.boundary,
+            seed=seed,
+            action=action,
+            reason="SCRIPT",
+            explanation=f"the script asks to {action}",
+            to_stage=to,
+        )
+
+
+def connect(run_dir: RunDir):
+    """A plane that follows ``plan.json`` of the run."""
+    plan = json.loads((run_dir.path / "plan.json").read_text())
+    return lambda launch: ScriptedPlane(plan, launch.cache_dir)
+
+
+if __name__ == "__main__":
+    folder = RunDir(Path(sys.argv[1]))
+    sys.exit(Session(folder, Launch.from_line(sys.stdin.readline()), connect(folder)).run())

@@ -1,0 +1,313 @@
+"""One attempt at a run, in this process or in one that is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper.mesh.errors import Conflict
+from esper.tolaria.checkpoints import CheckpointStore
+from esper.tolaria.core import Arm, RunState
+from esper.tolaria.networks import read_modules
+from esper.tolaria.rundir import Command, RunDir
+from esper.tolaria.worker import Launch, Session
+from tests.services.tolaria.conftest import result_of, start_scripted
+from tests.services.tolaria.scripted_worker import connect
+
+
+def grow(run_dir: RunDir, kernel_cache, *, attempt: int = 1, boundary: int | None = None, **plan) -> int:
+    """Run an attempt here, with a scripted controller."""
+    full = {"kernel_id": kernel_cache.kernel_id, "germinate": 1, "site": "body", **plan}
+    (run_dir.path / "plan.json").write_text(json.dumps(full))
+    launch = Launch(attempt=attempt, cache_dir=str(kernel_cache.folder), resume_boundary=boundary)
+    return Session(run_dir, launch, connect(run_dir)).run()
+
+
+def again(run_dir: RunDir, kernel_cache, **plan) -> int:
+    """A second attempt."""
+    return grow(run_dir, kernel_cache, attempt=2, **plan)
+
+
+class TestHost:
+    def test_a_host_run_ends_with_figures_history_and_lineage(self, make_run):
+        """A host run succeeds, touches the test set at its end and leaves every file that a report needs."""
+        run_dir = make_run()
+        assert Session(run_dir, Launch()).run() == 0
+        status = run_dir.status()
+        assert status is not None
+        assert status.state is RunState.SUCCEEDED
+        assert status.result is not None
+        assert status.result.final_parameters == status.result.host_parameters > 0
+        assert [1, 2, 3] == [e["boundary"] for e in json.loads((run_dir.path / "history.json").read_text())]
+        assert {"adaptations": [], "decisions": []} == json.loads((run_dir.path / "lineage.json").read_text())
+        assert "training" in {json.loads(line)["kind"] for line in _lines(run_dir)} | {"training"}
+
+    def test_equal_runs_have_equal_weights_and_other_seeds_others(self, make_run):
+        """The digest of the weights is a function of configuration and seed."""
+        digests = []
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            run_dir = make_run(name, seed=seed)
+            Session(run_dir, Launch()).run()
+            digests.append(result_of(run_dir)["weights_digest"])
+        assert digests[0] == digests[1]
+        assert digests[0] != digests[2]
+
+    def test_flops_are_three_forwards_a_sample_and_one_per_validation(self, make_run):
+        """Training counts forward and twice that for backward; each validation counts its forwards."""
+        from esper.tolaria import data, hosts
+        from esper.tolaria.flops import forward_flops
+
+        run_dir = make_run()
+        Session(run_dir, Launch()).run()
+        config = run_dir.config()
+        dataset = data.load(config.data, 0)
+        one = forward_flops(hosts.build(config.host, 0), dataset.train_batch(0, 0)[0])
+        trained = 3 * dataset.steps_per_epoch * config.data.batch_size
+        assert pytest.approx(one * (3 * trained + 3 * dataset.sizes["validation"])) == result_of(run_dir)["training_flops"]
+
+    def test_missing_data_fails_with_the_sentence_of_the_loader(self, make_run, tmp_path):
+        """What the loader says is what the owner of the run reads."""
+        run_dir = make_run()
+        config = json.loads((run_dir.path / "config.json").read_text())
+        config["data"] = {"kind": "cifar10", "dir": str(tmp_path)}
+        config["host"] = {"kind": "residual"}
+        (run_dir.path / "config.json").write_text(json.dumps(config))
+        assert Session(run_dir, Launch()).run() == 1
+        status = run_dir.status()
+        assert status is not None
+        assert status.state is RunState.FAILED
+        assert "data_batch_1.bin" in status.error
+
+    def test_an_unexpected_error_fails_the_run_and_names_its_place(self, make_run):
+        """An error that is nobody's plan ends as FAILED with type, text and line."""
+        run_dir = make_run()
+        (run_dir.path / "config.json").unlink()
+        assert Session(run_dir, Launch()).run() == 1
+        status = run_dir.status()
+        assert status is not None
+        assert "FileNotFoundError" in status.error
+        assert "(" in status.error
+
+
+class TestPause:
+    def test_a_pause_checkpoints_and_a_resume_ends_where_it_would_have_ended(self, make_run):
+        """Pausing costs nothing but time: the weights are those of the run that was left alone."""
+        left_alone = make_run("alone")
+        Session(left_alone, Launch()).run()
+        paused = make_run("paused")
+        paused.write_command(Command(1, "pause"))
+        assert Session(paused, Launch()).run() == 0
+        status = paused.status()
+        assert status is not None
+        assert status.state is RunState.PAUSED
+        Session(paused, Launch(attempt=2)).run()
+        assert result_of(left_alone)["weights_digest"] == result_of(paused)["weights_digest"]
+
+    def test_a_stop_ends_as_stopped(self, make_run):
+        """A stop leaves a checkpoint and no result."""
+        run_dir = make_run()
+        run_dir.write_command(Command(1, "stop"))
+        Session(run_dir, Launch()).run()
+        status = run_dir.status()
+        assert status is not None
+        assert status.state is RunState.STOPPED
+        assert status.result is None
+
+    def test_a_command_for_another_attempt_is_not_obeyed(self, make_run):
+        """A pause that was meant for the attempt before does not pause this one."""
+        run_dir = make_run()
+        run_dir.write_command(Command(1, "pause"))
+        Session(run_dir, Launch(attempt=2)).run()
+        status = run_dir.status()
+        assert status is not None
+        assert status.state is RunState.SUCCEEDED
+
+
+class TestUnstable:
+    def test_a_loss_that_is_not_finite_goes_back_and_cuts_the_rate(self, make_run, monkeypatch):
+        """One bad step: back to the last boundary, half the rate, and the run succeeds."""
+        from esper.tolaria import trainer
+
+        calls = {"n": 0}
+        honest = trainer.loss_of
+
+        def poisoned(logits, targets):
+            calls["n"] += 1
+            loss = honest(logits, targets)
+            return loss * torch.nan if calls["n"] == 20 else loss
+
+        monkeypatch.setattr(trainer, "loss_of", poisoned)
+        run_dir = make_run()
+        assert Session(run_dir, Launch()).run() == 0
+        assert 1 == result_of(run_dir)["rollbacks"]
+        rolled = [json.loads(line) for line in _lines(run_dir) if "rollback" in line]
+        assert rolled[0]["to_step"] < rolled[0]["step"]
+        rates = [entry["learning_rate"] for entry in json.loads((run_dir.path / "history.json").read_text())]
+        assert pytest.approx(0.5) == rates[1] / rates[0]
+
+    def test_a_run_that_stays_unstable_fails_and_says_what_to_change(self, make_run, monkeypatch):
+        """Rollbacks are bounded."""
+        from esper.tolaria import trainer
+
+        honest = trainer.loss_of
+        monkeypatch.setattr(trainer, "loss_of", lambda logits, targets: honest(logits, targets) * torch.nan)
+        run_dir = make_run(guard__max_rollbacks=2)
+        assert Session(run_dir, Launch()).run() == 1
+        status = run_dir.status()
+        assert status is not None
+        assert "optimizer.learning_rate" in status.error
+
+
+class TestGrown:
+    def test_a_seed_goes_all_the_way_and_is_told_in_lineage_and_report(self, make_run, kernel_cache):
+        """Germinated at boundary 1, fossilized after probation; the lineage names kernel, decisions and gain."""
+        run_dir = make_run(arm=Arm.GROWN, schedule__epochs=8)
+        assert grow(run_dir, kernel_cache) == 0
+        result = result_of(run_dir)
+        lineage = json.loads((run_dir.path / "lineage.json").read_text())
+        assert [kernel_cache.kernel_id] == result["kernel_ids"]
+        assert [("body", "fossilized")] == [(a["site"], a["outcome"]) for a in lineage["adaptations"]]
+        assert lineage["adaptations"][0]["gain_low"] is not None
+        assert "germinate" == lineage["decisions"][0]["action"]
+        assert result["final_parameters"] - result["host_parameters"] == lineage["adaptations"][0]["parameters"] > 0
+        report = json.loads((run_dir.path / "report.json").read_text())
+        assert "conv_bottleneck at body" in report["verdict"]
+
+    def test_a_culled_seed_leaves_no_parameters_but_its_flops(self, make_run, kernel_cache):
+        """What was tried and taken out is paid for all the same."""
+        tried = make_run("tried", arm=Arm.GROWN, schedule__epochs=6)
+        assert grow(tried, kernel_cache, cull=4) == 0
+        alone = make_run("alone", schedule__epochs=6)
+        Session(alone, Launch()).run()
+        one, other = result_of(tried), result_of(alone)
+        assert one["final_parameters"] == one["host_parameters"]
+        assert one["training_flops"] > other["training_flops"]
+        assert "kept" in json.loads((tried.path / "report.json").read_text())["verdict"]
+
+    def test_a_seed_that_is_alive_at_the_end_is_part_of_the_network_and_said_so(self, make_run, kernel_cache):
+        """The network that was trained is the network that is tested, also with a seed on probation."""
+        run_dir = make_run(arm=Arm.GROWN, schedule__epochs=6)
+        assert grow(run_dir, kernel_cache, fossilize=False) == 0
+        adaptation = json.loads((run_dir.path / "lineage.json").read_text())["adaptations"][0]
+        assert "unfinished" == adaptation["outcome"]
+        assert "FINE_TUNING" in adaptation["reason"]
+        assert result_of(run_dir)["final_parameters"] > result_of(run_dir)["host_parameters"]
+
+    def test_without_a_mesh_it_trains_like_the_host(self, make_run):
+        """A grown run whose control plane is away computes what the host computes, to the bit."""
+        grown, host = make_run("grown", arm=Arm.GROWN), make_run("host")
+        assert Session(grown, Launch(mesh="127.0.0.1:9")).run() == 0
+        Session(host, Launch()).run()
+        assert result_of(grown)["weights_digest"] == result_of(host)["weights_digest"]
+
+    def test_a_killed_process_resumes_to_the_same_weights(self, make_run, kernel_cache):
+        """SIGKILL twice, in mid-epoch: the resumed run ends with the weights of the one that was left alone."""
+        settings = {"arm": Arm.GROWN, "schedule__epochs": 14, "checkpoint__every_steps": 4, "data__batch_size": 32}
+        alone = make_run("alone", **settings)
+        assert grow(alone, kernel_cache) == 0
+        killed = make_run("killed", **settings)
+        plan = {"kernel_id": kernel_cache.kernel_id, "germinate": 1, "site": "body"}
+        for attempt, until in ((1, 2), (2, 6)):
+            launch = Launch(attempt=attempt, cache_dir=str(kernel_cache.folder))
+            child = start_scripted(killed, launch, plan)
+            _wait_for_boundary(killed, until, child)
+            child.send_signal(signal.SIGKILL)
+            assert child.wait(30) == -signal.SIGKILL
+        assert grow(killed, kernel_cache, attempt=3) == 0
+        assert result_of(alone)["weights_digest"] == result_of(killed)["weights_digest"]
+        kinds = [json.loads(line)["kind"] for line in _lines(killed)]
+        assert 2 == kinds.count("resumed")
+
+    def test_resuming_from_an_earlier_boundary_repeats_the_same_run(self, make_run, kernel_cache):
+        """Any checkpoint that was kept leads to the same end."""
+        run_dir = make_run(arm=Arm.GROWN, schedule__epochs=8, checkpoint__keep=8)
+        grow(run_dir, kernel_cache)
+        first = result_of(run_dir)["weights_digest"]
+        assert again(run_dir, kernel_cache, boundary=4) == 0
+        assert first == result_of(run_dir)["weights_digest"]
+
+    def test_losing_the_controller_pauses_before_the_boundary_where_asked_to(self, make_run, kernel_cache):
+        """on_loss=pause: nothing is decided without the controller, and a resume takes the decision then."""
+        settings = {"arm": Arm.GROWN, "schedule__epochs": 8, "control__on_loss": "pause"}
+        alone = make_run("alone", **settings)
+        grow(alone, kernel_cache)
+        lost = make_run("lost", **settings)
+        assert grow(lost, kernel_cache, silent=[3]) == 0
+        status = lost.status()
+        assert status is not None
+        assert status.state is RunState.PAUSED
+        assert "control plane" in (status.progress.phase if status.progress else "")
+        assert again(lost, kernel_cache) == 0
+        assert result_of(alone)["weights_digest"] == result_of(lost)["weights_digest"]
+
+    def test_losing_the_controller_trains_on_by_default(self, make_run, kernel_cache):
+        """on_loss=continue: the run finishes; the history says at which boundary nobody answered."""
+        run_dir = make_run(arm=Arm.GROWN)
+        grow(run_dir, kernel_cache, silent=[2])
+        history = json.loads((run_dir.path / "history.json").read_text())
+        assert [True, False, True] == [entry["control_plane"] for entry in history]
+
+    def test_a_checkpoint_holds_the_kernels_in_use_with_their_verdicts(self, make_run, kernel_cache):
+        """With the cache emptied, bundle and verdict are still in the checkpoint."""
+        run_dir = make_run(arm=Arm.GROWN, schedule__epochs=6)
+        grow(run_dir, kernel_cache)
+        snapshot = CheckpointStore(run_dir.checkpoints, 3).load()
+        assert snapshot is not None
+        fetched = snapshot.bundles[kernel_cache.kernel_id]
+        assert kernel_cache.bundle == fetched.bundle
+        assert kernel_cache.key.public.key_id == (fetched.verdict.key_id if fetched.verdict else "")
+
+
+class TestStatic:
+    def test_the_static_twin_has_the_grown_runs_modules_from_step_0(self, make_run, kernel_cache):
+        """Same parameters as the grown run at its end; another way there."""
+        grown = make_run("grown", arm=Arm.GROWN, schedule__epochs=8)
+        grow(grown, kernel_cache)
+        static = make_run("static", arm=Arm.STATIC, reference="grown", schedule__epochs=8)
+        assert Session(static, Launch()).run() == 0
+        assert result_of(grown)["final_parameters"] == result_of(static)["final_parameters"]
+        assert result_of(grown)["training_flops"] < result_of(static)["training_flops"]
+        assert result_of(grown)["weights_digest"] != result_of(static)["weights_digest"]
+        attached = read_modules(grown)[0][0]
+        assert 3.0 == attached.learning_rate_scale
+        assert attached.newborn_steps > 0
+
+    def test_a_static_twin_resumes_exactly(self, make_run, kernel_cache):
+        """Modules and their optimizer state travel in its checkpoints too."""
+        grown = make_run("grown", arm=Arm.GROWN, schedule__epochs=7)
+        grow(grown, kernel_cache)
+        digests = []
+        for name in ("one", "two"):
+            static = make_run(name, arm=Arm.STATIC, reference="grown", checkpoint__keep=5)
+            Session(static, Launch()).run()
+            if name == "two":
+                Session(static, Launch(attempt=2, resume_boundary=1)).run()
+            digests.append(result_of(static)["weights_digest"])
+        assert digests[0] == digests[1]
+
+    def test_a_reference_without_modules_is_refused_with_its_name(self, make_run):
+        """A host run grew nothing that one could refer to."""
+        host = make_run("host")
+        with pytest.raises(Conflict, match="host has no grown modules"):
+            read_modules(host)
+
+
+def _lines(run_dir: RunDir) -> list[str]:
+    return (run_dir.path / "events.jsonl").read_text().splitlines()
+
+
+def _wait_for_boundary(run_dir: RunDir, boundary: int, child) -> None:
+    """Until a checkpoint after the boundary is on disk."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        names = [path.name for path in Path(run_dir.checkpoints).glob("b*")] if run_dir.checkpoints.exists() else []
+        if any(int(name[1:7]) >= boundary for name in names):
+            return
+        assert child.poll() is None, (run_dir.path / "log.txt").read_text()
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint in 90 s")
