@@ -1,7 +1,10 @@
 """Settings of the forge, and how it is built."""
 
+import asyncio
 import os
+import shutil
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import grpc.aio
@@ -35,11 +38,15 @@ class Config(Section):
     """Tiers that orders are taken for. An order of a tier that the machine lacks a tool for fails with that reason;
     take the tier out of this list where another forge has the tool."""
 
-    wall_limit_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 300.0
-    """Seconds that one build may take before it counts as a hang."""
+    wall_limit_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 600.0
+    """Seconds that one build may take before it counts as a hang. A cold standard build takes about 20 on an idle core and
+    several times that on a machine that trains."""
 
     memory_limit_bytes: Annotated[int, Field(ge=64 * MIB)] = 4096 * MIB
     """Memory that a build, its compilers included, may take beyond what the idle worker holds."""
+
+    cache_limit_bytes: Annotated[int, Field(ge=0)] = 2048 * MIB
+    """Size of the compiler's cache (precompiled headers, objects) beyond which it is emptied at the next start."""
 
     offer_catalogue: bool = True
     """Whether the blueprints that ship with Esper are submitted to the library at the start."""
@@ -75,13 +82,17 @@ class TezzeretService(Service):
         self._config = config
         self._context = context
         self.board = Board()
+        # Kept between workers and restarts: what torch finds out about the compiler and its precompiled headers cost a
+        # fresh worker a minute. A cached object is named by the digest of its source.
+        self._cache = context.data_dir / "compiler-cache"
         self.pool = WorkerPool(
             size=config.workers,
             entry="esper.tezzeret.worker:compile_job",
             warm="esper.tezzeret.worker:warm",
             wall_limit_s=config.wall_limit_s,
             memory_limit_bytes=config.memory_limit_bytes,
-            environ={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            writable=(self._cache,),
+            environ={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(self._cache)},
         )
         self.forge = Forge(self.pool)
         self._servicer = TezzeretServicer(self.forge, self.board, context.drain)
@@ -94,6 +105,7 @@ class TezzeretService(Service):
     async def start(self) -> None:
         """Begin to warm the workers, to offer the catalogue and to look for orders; waits for none of them."""
         config = self._config
+        await asyncio.to_thread(_prepare, self._cache, config.cache_limit_bytes)
         await self.pool.start()
         self._bench = Bench(
             self.forge,
@@ -118,6 +130,13 @@ class TezzeretService(Service):
         if self._bench is not None:
             await self._bench.stop()
         await self.pool.close()
+
+
+def _prepare(cache: Path, limit_bytes: int) -> None:
+    """Make the cache's directory, empty when it has grown too large."""
+    if cache.exists() and sum(path.lstat().st_size for path in cache.rglob("*")) > limit_bytes:
+        shutil.rmtree(cache)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 async def build(config: Config, context: ServiceContext) -> TezzeretService:

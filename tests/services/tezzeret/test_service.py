@@ -8,16 +8,17 @@ import pytest
 
 from esper.kasmina.blueprints import catalogue, get
 from esper.kasmina.convert import signature_to_proto
-from esper.kasmina.kernels import Tier, load_candidate
+from esper.kasmina.kernels import Tier, load_candidate, unpack
 from esper.kasmina.kernels.build import limitations
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.errors import InvalidInput, from_rpc_error
 from esper.mesh.identity import Role
 from esper.mesh.testing import channel_as, serve, service_context
+from esper.tezzeret import worker
 from esper.tezzeret.check import judge
 from esper.tezzeret.convert import task_from_proto, tier_from_proto
 from esper.tezzeret.orders import BuildFailed, trim
-from esper.tezzeret.service import Config, build
+from esper.tezzeret.service import Config, _prepare, build
 from esper.v1 import build_pb2, forge_pb2, lease_pb2, tezzeret_service_pb2, tezzeret_service_pb2_grpc, urza_service_pb2
 from tests.services.tezzeret.conftest import VECTOR, sample, until
 
@@ -117,7 +118,7 @@ async def test_without_a_compiler_portable_orders_are_filled_and_standard_ones_s
 @pytest.mark.skipif(bool(limitations(Tier.STANDARD)), reason="needs a C++ compiler")
 async def test_standard_orders_are_compiled_in_the_confined_worker(forge, client):
     """Ahead-of-time compilation works within the limits of the worker, and the kernel runs natively here."""
-    built = await client.filled(get("bottleneck_mlp"), VECTOR, Tier.STANDARD, limit_s=200)
+    built = await client.filled(get("bottleneck_mlp"), VECTOR, Tier.STANDARD, limit_s=280)
     assert (build_pb2.BUILD_STATE_SUCCEEDED, "") == (built.state, built.error)
     kernel, bundle = await client.download(built.kernel_id)
     loaded = load_candidate(bundle, built.kernel_id, VECTOR)
@@ -178,6 +179,35 @@ async def test_a_watch_ends_at_the_drain(urza, forge_channel, tmp_path):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await watch.read()
         assert grpc.StatusCode.UNAVAILABLE == caught.value.code()
+
+
+def test_a_worker_builds_refuses_and_tells_its_machine():
+    """The worker's one function: a bundle for a good order, words for a bad one, the machine for none."""
+    ir = sample().canonical_json().encode()
+    phases = []
+    order = {"ir": ir, "signature": str(VECTOR), "tier": "portable", "target": ""}
+    bundle = worker.compile_job(order, phases.append)["bundle"]
+    assert [{"phase": "exporting"}] == phases
+    assert sample().id == unpack(bundle).manifest.blueprint_id
+    refused = worker.compile_job(order | {"signature": "image:4->4:float32"}, phases.append)
+    assert "BLUEPRINT_INVALID" == refused["reason"]
+    assert "expected a layout in" in refused["refused"]
+    foreign = worker.compile_job(order | {"tier": "standard", "target": "cpu/riscv64/x/torch-2.13"}, phases.append)
+    assert foreign["reason"] in {"TARGET_NOT_HERE", "TOOL_MISSING"}
+    machine = worker.compile_job({}, phases.append)
+    assert machine["target"].startswith("cpu/")
+    assert {"portable": [], "standard": limitations(Tier.STANDARD)} == machine["limitations"]
+
+
+def test_an_overgrown_compiler_cache_is_emptied(tmp_path):
+    """Beyond its limit the cache starts anew; below it stays."""
+    cache = tmp_path / "compiler-cache"
+    _prepare(cache, 10)
+    (cache / "object").write_bytes(b"0" * 8)
+    _prepare(cache, 10_000)
+    assert (cache / "object").exists()
+    _prepare(cache, 7)
+    assert [] == list(cache.iterdir())
 
 
 async def test_a_forge_that_was_never_started_can_be_closed(tmp_path):
