@@ -411,7 +411,7 @@ def _fetch(link, identifier, signature=SIGNATURE):
 
 
 @pytest.fixture
-def open_link(make_link, library, tmp_path):
+def open_link(library, make_link, tmp_path):
     """A link to the scripted library."""
 
     def make(**settings):

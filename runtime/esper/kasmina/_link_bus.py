@@ -51,16 +51,22 @@ class Mail:
     def hand_over(self, post: Callable[..., bool], send: Callable[..., None], *what: object) -> bool:
         """Queue `send(*what)` on the loop; False when it was dropped."""
         with self._lock:
-            if self._handed >= self._settings.report_limit or self._publisher is None:
-                self.dropped += 1
-                return False
-            self._handed += 1
-        if not post(self._handle, send, *what):
-            with self._lock:
-                self._handed -= 1
-                self.dropped += 1
-            return False
-        return True
+            room = self._handed < self._settings.report_limit and self._publisher is not None
+            self._handed += room
+        if room and post(self._handle, send, *what):
+            return True
+        with self._lock:
+            self._handed -= room
+        self._count(type(what[0]).__name__)
+        return False
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self.dropped += 1
+            count = self.dropped
+        # The first, the second, the fourth ...: a bus that is away for hours must not fill the log as well.
+        if count & (count - 1) == 0:
+            _log.error("not_published", what=what, dropped=count)
 
     # Event loop
 
@@ -114,5 +120,4 @@ class Mail:
             attributes={"run_id": self.run_id, **labels},
         )
         if self._publisher is None or not self._publisher.offer(topic, event):
-            self.dropped += 1
-            _log.error("not_published", topic=topic, type=type_name, dropped=self.dropped)
+            self._count(topic)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from esper.kasmina.control import (
@@ -23,6 +24,8 @@ NARROW = Signature(Layout.IMAGE, 8, 8)
 WIDE = Signature(Layout.IMAGE, 16, 16)
 FLAT = Signature(Layout.VECTOR, 16, 10)
 RULES = Rules()
+thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Whole histories are slow to draw on a busy machine, and that is no finding."""
 
 
 def kernel_id(number: int) -> str:

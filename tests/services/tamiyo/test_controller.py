@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.kasmina.control import Action, Stage
@@ -30,6 +30,7 @@ from tests.services.tamiyo.tamiyo_worlds import (
     make_seed,
     make_site,
     make_state,
+    thorough,
     with_state,
 )
 
@@ -42,7 +43,7 @@ def converse(hello, states, shelf):
     return [talk.advise(state, shelf) for state in states]
 
 
-@settings(max_examples=40)
+@thorough
 @given(history=histories(), found=kernels())
 def test_equal_questions_have_equal_answers(history, found):
     """Two controllers that hear the same say the same, to the byte, in whatever order the library lists its kernels."""
@@ -50,7 +51,7 @@ def test_equal_questions_have_equal_answers(history, found):
     assert converse(hello, states, Shelf(found)) == converse(hello, states, Shelf(list(reversed(found))))
 
 
-@settings(max_examples=40)
+@thorough
 @given(history=histories(), found=kernels(), data=st.data())
 def test_another_controller_goes_on_where_the_first_stopped(history, found, data):
     """After any boundary, a fresh controller with the last controller_state gives the same advice as the old one."""
@@ -62,7 +63,7 @@ def test_another_controller_goes_on_where_the_first_stopped(history, found, data
     assert whole[at:] == converse(resumed, states[at:], shelf)
 
 
-@settings(max_examples=40)
+@thorough
 @given(history=histories())
 def test_every_advice_is_explained_and_bounded(history):
     """Also when nothing is done, there is a sentence with a number; the state stays small and is canonical JSON."""

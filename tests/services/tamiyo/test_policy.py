@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from esper.kasmina.control import Action, BlendStrategy, SiteHealth, SiteKind, Stage
 from esper.kasmina.signature import Layout, Signature
@@ -28,6 +28,7 @@ from tests.services.tamiyo.tamiyo_worlds import (
     make_site,
     make_situation,
     make_state,
+    thorough,
 )
 
 POLICY = HeuristicPolicy()
@@ -417,7 +418,7 @@ def test_the_probation_is_counted_in_epochs_where_they_are_known():
     assert 2 == make_situation(make_state(4, epoch=math.inf)).probation
 
 
-@settings(max_examples=40)
+@thorough
 @given(history=histories(), shelf=kernels())
 def test_the_shield_has_nothing_to_refuse_of_this_policy(history, shelf):
     """The policy knows the law: over any run, all that it proposes passes."""

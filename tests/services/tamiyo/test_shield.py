@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.kasmina.control import Action, BlendStrategy, KernelChoice, SiteHealth, SiteKind, Stage, living
@@ -27,6 +27,7 @@ from tests.services.tamiyo.tamiyo_worlds import (
     make_site,
     make_situation,
     make_state,
+    thorough,
 )
 
 
@@ -128,7 +129,7 @@ def _assert_may_germinate(situation, p, stage):
         assert hello.decay_start is None or state.step < hello.decay_start * hello.total_steps
 
 
-@settings(max_examples=40)
+@thorough
 @given(history=histories(), shelf=kernels(), said=st.lists(proposals(), max_size=8))
 def test_nothing_unlawful_passes(history, shelf, said):
     """Over any run, any catalogue and any proposals, what passes is lawful, and the rest is refused with a reason."""
