@@ -39,8 +39,8 @@ class Config(Section):
     take the tier out of this list where another forge has the tool."""
 
     wall_limit_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 600.0
-    """Seconds that one build may take before it counts as a hang. A cold standard build takes about 20 on an idle core and
-    several times that on a machine that trains."""
+    """Seconds that one build may take before it counts as a hang. A cold standard build takes about 20 on an idle core
+    and several times that on a machine that trains."""
 
     memory_limit_bytes: Annotated[int, Field(ge=64 * MIB)] = 4096 * MIB
     """Memory that a build, its compilers included, may take beyond what the idle worker holds."""
@@ -82,8 +82,8 @@ class TezzeretService(Service):
         self._config = config
         self._context = context
         self.board = Board()
-        # Kept between workers and restarts: what torch finds out about the compiler and its precompiled headers cost a
-        # fresh worker a minute. A cached object is named by the digest of its source.
+        # Kept between workers and restarts: what torch finds out about the compiler by trying each instruction set is
+        # not tried again. Entries are named by the digest of their source.
         self._cache = context.data_dir / "compiler-cache"
         self.pool = WorkerPool(
             size=config.workers,
