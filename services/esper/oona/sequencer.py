@@ -125,27 +125,40 @@ def _place(
     ids: dict[str, int],
     fresh: dict[tuple[str, int], list[NewEvent]],
 ) -> Appended:
-    name, partitions, known = state.spec.name, state.spec.partitions, state.window.get
+    known = len(ids)
+    # The hottest loop of the bus, once per event: look-ups are bound outside of it, and a key is hashed once per batch.
+    name, partitions = state.spec.name, state.spec.partitions
+    young, old = state.window.generations()
+    by_key: dict[str, int] = {}
     positions: list[tuple[int, int]] = []
-    duplicates = 0
     for event in events:
-        place = known(event.id)
+        event_id, key = event.id, event.key
+        place = ids.get(event_id)
         if place is None:
-            place = ids.get(event.id)
-        if place is None:
-            partition = partition_of(event.key, event.id, partitions)
-            offset = offsets[partition]
-            offsets[partition] = offset + 1
-            ids[event.id] = to_place(partition, offset)
-            positions.append((partition, offset))
-            fresh.setdefault((name, partition), []).append(event)
-        else:
-            duplicates += 1
+            place = young.get(event_id)
+            if place is None:
+                place = old.get(event_id)
+        if place is not None:
             positions.append(from_place(place))
-    return Appended(tuple(positions), duplicates)
+            continue
+        partition = by_key.get(key) if key else None
+        if partition is None:
+            partition = by_key[key] = partition_of(key, event_id, partitions)
+        offset = offsets[partition]
+        offsets[partition] = offset + 1
+        ids[event_id] = to_place(partition, offset)
+        positions.append((partition, offset))
+        waiting = fresh.get((name, partition))
+        if waiting is None:
+            waiting = fresh[name, partition] = []
+        waiting.append(event)
+    return Appended(tuple(positions), len(events) - (len(ids) - known))
 
 
 def _cut(events: list[NewEvent], most: int, most_bytes: int) -> Iterable[list[NewEvent]]:
+    if len(events) <= most and sum(len(event.data) for event in events) <= most_bytes:
+        yield events
+        return
     begin, size = 0, 0
     for index, event in enumerate(events):
         if index > begin and (index - begin >= most or size + len(event.data) > most_bytes):

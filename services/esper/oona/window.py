@@ -40,6 +40,10 @@ class IdWindow:
         found = self._young.get(event_id)
         return self._old.get(event_id) if found is None else found
 
+    def generations(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """The younger and the older ids with their places, for loops that look up many."""
+        return self._young, self._old
+
     def update(self, positions: Mapping[str, int]) -> None:
         """Remember ids that were stored, newest last."""
         if not self._size:
