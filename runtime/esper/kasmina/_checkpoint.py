@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
 from esper.kasmina.attach import Attachment
-from esper.kasmina.control import Counterfactual, Stage
+from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice, Stage
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.seeds import execution
 from esper.kasmina.sites import Site, site_document, site_from_document
@@ -67,7 +67,7 @@ def _save_seed(growth: Growth, run: SeedRun) -> dict[str, Any]:
         "seed": run.index,
         "choice": choice_document(run.choice),
         "germinated_boundary": run.germinated_boundary,
-        "record": next(i for i, record in enumerate(growth.records) if record is run.record),
+        "record": next((i for i, record in enumerate(growth.records) if record is run.record), None),
         "birth_finite": run.birth_finite,
         "birth_gradient": run.birth_gradient,
         "isolation_gain": run.isolation_gain,
@@ -177,7 +177,7 @@ def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, K
         life.sites[entry["seed"]],
         choice_from_document(entry["choice"]),
         entry["germinated_boundary"],
-        growth.records[entry["record"]],
+        {"stages": [], "decisions": []} if entry["record"] is None else growth.records[entry["record"]],
         birth_finite=entry["birth_finite"],
         birth_gradient=entry["birth_gradient"],
         isolation_gain=entry["isolation_gain"],
@@ -221,4 +221,11 @@ def _lock(growth: Growth, locked: Mapping[int, int]) -> None:
     for seed, boundaries in locked.items():
         if not 0 <= seed < len(life.layout) or life.stage(seed) in {Stage.ROLLED_BACK, Stage.FOSSILIZED}:
             continue
-        life.lock(seed, boundaries)
+        if seed not in life.runs:
+            # It has no life in this checkpoint; what the controller must see of it is the lock.
+            choice = KernelChoice(
+                kernel_id="", blueprint_name="", blend=BlendStrategy.IMMEDIATE, blend_steps=1, learning_rate_scale=1.0
+            )
+            life.runs[seed] = SeedRun(life.sites[seed], choice, 0, {"stages": [], "decisions": []})
+        life.runs[seed].failure = "rolled back after the checkpoint to which the run went back"
+        life.lock(life.runs[seed], boundaries)

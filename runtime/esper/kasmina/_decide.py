@@ -10,7 +10,7 @@ from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun
 from esper.kasmina.control import Action, Decision, Stage
 from esper.kasmina.seeds import Reason
-from esper.mesh.errors import EsperError
+from esper.mesh.errors import Conflict, EsperError
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
@@ -72,21 +72,32 @@ class Decider:
         if not reasons:
             try:
                 reasons = self._act(decision)
+            except Conflict as error:
+                reasons = [Reason("OTHER", error.public)]
+                # A way that the table does not have was refused before anything moved.
+                if error.reason != "UNLAWFUL_TRANSITION":
+                    self._give_up(decision.seed, error.public)
             except Exception as error:  # noqa: BLE001  # a wrong decision, or a kernel that fails here, must not stop training
                 reasons = [Reason("OTHER", load_failure(error))]
                 self._give_up(decision.seed, reasons[0].text)
-        known = 0 <= decision.seed < len(self._life.layout)
-        stage = self._life.stage(decision.seed) if known else Stage.DORMANT
+        stage = self._life.stage(decision.seed) if self._knows(decision.seed) else Stage.DORMANT
         return Applied(decision, stage, tuple(reasons))
 
     def _malformed(self, decision: Decision, boundary: int) -> list[Reason]:
         count = len(self._life.sites)
         text = ""
-        if decision.boundary != boundary:
+        if not _is_lawful_word(decision.action, decision.to_stage):
+            text = (
+                f"decision {decision.decision_id}: expected an action, found {decision.action!r} {decision.to_stage!r}"
+            )
+        elif decision.boundary != boundary:
             text = f"decision {decision.decision_id}: expected boundary {boundary}, found {decision.boundary}"
-        elif not 0 <= decision.seed < count:
+        elif not self._knows(decision.seed):
             text = f"decision {decision.decision_id}: expected a seed from 0 to {count - 1}, found {decision.seed}"
         return [Reason("OTHER", text)] if text else []
+
+    def _knows(self, seed: object) -> bool:
+        return isinstance(seed, int) and 0 <= seed < len(self._life.sites)
 
     def _give_up(self, seed: int, why: str) -> None:
         """Something broke in the middle of a seed's transition: take the seed out, leave the host as it was."""
@@ -102,7 +113,7 @@ class Decider:
 
     def _act(self, decision: Decision) -> list[Reason]:
         life, seed = self._life, decision.seed
-        action = Action(decision.action)
+        action = decision.action
         if action is Action.GERMINATE:
             return self._germinate(decision)
         run = life.runs.get(seed)
@@ -177,7 +188,7 @@ class Decider:
         if target is None:
             return [Reason("OTHER", f"seed {run.index}: expected a stage to advance to, found none")]
         self.poll(run)
-        for stage in seeds.forward_path(life.stage(run.index), Stage(target)):
+        for stage in seeds.forward_path(life.stage(run.index), target):
             reasons = life.gate(run, stage)
             if reasons:
                 return reasons
@@ -187,12 +198,16 @@ class Decider:
         return []
 
 
+def _is_lawful_word(action: object, to_stage: object) -> bool:
+    return isinstance(action, Action) and isinstance(to_stage, Stage | None)
+
+
 def _decision_document(decision: Decision) -> dict[str, object]:
     return {
         "decision_id": decision.decision_id,
         "boundary": decision.boundary,
         "action": str(decision.action),
-        "to_stage": None if decision.to_stage is None else Stage(decision.to_stage).name,
+        "to_stage": None if decision.to_stage is None else decision.to_stage.name,
         "reason": decision.reason,
         "explanation": decision.explanation,
     }

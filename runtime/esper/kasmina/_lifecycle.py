@@ -315,13 +315,11 @@ class Lifecycle:
             self.detector.disarm()
             self.snapshot = None
 
-    def lock(self, seed: int, boundaries: int) -> None:
+    def lock(self, run: SeedRun, boundaries: int) -> None:
         """ROLLED_BACK for a seed that was rolled back after the checkpoint to which the run went back."""
-        run = self.runs.get(seed)
-        if run is not None:
-            self._remove(run)
-        self.layout.transition(seed, Stage.ROLLED_BACK)
-        self.layout.closed_boundaries[seed] = boundaries
+        self._remove(run)
+        self.layout.transition(run.index, Stage.ROLLED_BACK)
+        self.layout.closed_boundaries[run.index] = boundaries
 
     def take_out(self, run: SeedRun) -> None:
         """Undo all that a seed is to host and optimizer, whatever its stage; fossilized ones too."""
@@ -339,7 +337,10 @@ class Lifecycle:
     # ---- every step --------------------------------------------------------------------------------------------------
 
     def step(self, loss: Tensor | None) -> None:
-        """After an optimizer step: advance ramps, train in isolation."""
+        """After an optimizer step: advance ramps, train in isolation, end a watch that is over."""
+        if self.watched and not self.detector.armed:
+            self.watched.clear()
+            self.unwatch(-1)
         for run in self.runs.values():
             if run.attachment is None:
                 continue

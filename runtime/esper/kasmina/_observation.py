@@ -12,6 +12,7 @@ from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.newborn import host_groups
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import Discovery, discover, observe
+from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from esper.kasmina.sites import Refusal
 
 __all__ = ["Observation"]
+
+_log = get_logger("esper.kasmina.growth")
+_MAX_MISSES = 3
 
 
 class Observation:
@@ -59,6 +63,7 @@ class Observation:
         self._ready = ready
         self._seen: tuple[Recorder, tuple[Any, ...], Mapping[str, Any]] | None = None
         self._watch: ForwardWatch | None = None
+        self._misses = 0
 
     def look(self, example_inputs: tuple[Any, ...] | None) -> None:
         """Learn the sites from example inputs now, or from the next forward with gradients."""
@@ -111,7 +116,14 @@ class Observation:
     def arm(self, step: int) -> None:
         """Have the next forward sampled when it is its turn."""
         every = self._config.sample_every
-        if self.sampler is None or not every or step % every or self._watch is not None:
+        if self.sampler is None or not every or step % every or self._misses >= _MAX_MISSES:
+            return
+        if self._watch is not None:
+            # A compiled model, or one that is called around its forward, never shows its hooks a forward.
+            self._misses += 1
+            if self._misses == _MAX_MISSES:
+                self.reset()
+                _log.warning("health samples end: the model's forward does not run its hooks; is it compiled?")
             return
         for run in self._life.runs.values():
             if run.attachment is not None:
@@ -124,6 +136,7 @@ class Observation:
         if self.sampler is None or self._watch is None or self._watch.armed:
             return False
         self._watch = None
+        self._misses = 0
         self.sampler.collect()
         gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]
         if gradients:

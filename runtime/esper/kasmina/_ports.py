@@ -109,7 +109,8 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
 
 def why_no_tensor(output: Any) -> str:
     """Empty where `output` is a tensor, or a tuple that begins with one; else the reason."""
-    if isinstance(output, PackedSequence):
+    packed = (output, output[0]) if isinstance(output, tuple) and output else (output,)
+    if any(isinstance(part, PackedSequence) for part in packed):
         return "its output is a packed sequence"
     if isinstance(output, Tensor) or (isinstance(output, tuple) and output and isinstance(output[0], Tensor)):
         head = output if isinstance(output, Tensor) else output[0]

@@ -11,6 +11,7 @@ Hooks are bound methods of the child: ``copy.deepcopy(model)`` gives a copy whos
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,18 @@ def owner_of(module: nn.Module) -> nn.Module:
         f"seed at {type(module).__name__}: expected a descendant that does not iterate over its children, found none",
         reason="NO_OWNER",
     )
+
+
+def _guard_hooks() -> None:
+    """Have compiled models notice hooks: by default dynamo ignores those that come after compilation.
+
+    Done when the first seed is attached, and only where dynamo is loaded: what was compiled until then is compiled
+    once more, afterwards each set of hooks keeps its own graph.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
 
 
 @dataclass(slots=True)
@@ -129,7 +142,7 @@ class SeedModule(nn.Module):
                 raise
             self.error = f"{type(error).__name__}: {error}"
             return None
-        if self.measuring:
+        if self.measuring and torch.is_grad_enabled():
             self._measure(scaled, y)
         return replace_first(output, y + scaled.to(y.dtype))
 
@@ -180,6 +193,7 @@ class Attachment:
         Raises:
             Conflict: no owner, or the host already has an attribute of the child's name.
         """
+        _guard_hooks()
         target, source = model.get_submodule(site.target), model.get_submodule(site.source)
         owner, name = owner_of(target), child_name(site.index)
         if hasattr(owner, name):

@@ -6,7 +6,8 @@ otherwise:
 - immediate: alpha is 1 from the first step. For modules that are born at zero output: a ramp would only starve them.
 - fixed ramp: there is no condition.
 - performance: the training loss is not above its moving mean by more than one moving deviation.
-- drift: rms(alpha * delta) over rms(y) is at most a limit, so what everything downstream sees moves slowly.
+- drift: rms(alpha * delta) over rms(y) changed by at most a limit since the last step, so what everything downstream
+  sees moves slowly.
 - gradient norm: the newborn's gradient, per parameter root mean square, is at most `BAND` times that of the host.
 
 Alpha is a device scalar and conditions are tensors, so a ramp costs no synchronisation and a compiled graph no
@@ -60,10 +61,10 @@ class Blend:
         strategy: which condition lets alpha advance.
         steps: length of the shortest ramp, in optimizer steps.
         alpha: the seed's device scalar, written in place.
-        drift_limit: for `BlendStrategy.DRIFT`.
+        drift_limit: largest change of the ratio per step with which `BlendStrategy.DRIFT` advances.
     """
 
-    def __init__(self, strategy: BlendStrategy, steps: int, alpha: Tensor, *, drift_limit: float = 0.2) -> None:
+    def __init__(self, strategy: BlendStrategy, steps: int, alpha: Tensor, *, drift_limit: float = 0.1) -> None:
         self.strategy = strategy
         self.steps = max(1, steps)
         self.alpha = alpha
@@ -101,10 +102,14 @@ class Blend:
         if self.strategy is BlendStrategy.PERFORMANCE:
             return None if signals.loss is None else self._within_band(signals.loss.detach().to(self._mean))
         if self.strategy is BlendStrategy.DRIFT:
-            return None if signals.drift is None else signals.drift <= self.drift_limit
+            return None if signals.drift is None else self._moved_little(signals.drift.detach().to(self._mean))
         if signals.newborn_gradient is None or signals.host_gradient is None:
             return None
         return signals.newborn_gradient <= BAND * signals.host_gradient
+
+    def _moved_little(self, drift: Tensor) -> Tensor:
+        last, self._mean = torch.where(torch.isnan(self._mean), drift, self._mean), drift
+        return (drift - last).abs() <= self.drift_limit
 
     def _within_band(self, loss: Tensor) -> Tensor:
         first = torch.isnan(self._mean)

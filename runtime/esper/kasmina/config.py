@@ -75,8 +75,9 @@ class Config:
     """Largest snapshot of the host; a larger host is not turned back, only the newborn is taken out."""
     min_graft_steps: int = 20
     """Steps that G2 wants to see after a graft."""
-    drift_limit: float = 2.0
-    """Largest rms(alpha * delta) / rms(y) with which G2 opens."""
+    drift_limit: float = 20.0
+    """Largest rms(alpha * delta) / rms(y) with which G2 opens. A branch around a narrow part rightly outgrows that part
+    several times; an explosion knows no bound."""
     settle_steps: int = 20
     """Steps that G3 gives running statistics of a host that has some; 20 leave 12 % of the old at momentum 0.1."""
 

@@ -201,6 +201,10 @@ class Growth:
             given = decisions if decisions is not None else advice.decisions if advice else ()
             applied.extend(self._apply(decision) for decision in given)
             self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
+        elif self.steps:
+            self._say_once(
+                "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs"
+            )
         self.measurer.forget()
         report = BoundaryReport(
             self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)

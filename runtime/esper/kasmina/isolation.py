@@ -81,7 +81,9 @@ class IsolationTrainer:
             return None, 0, self.gradient_norm
         with torch.no_grad():
             losses = [
-                float(direction_loss(self.delta(c.features), c.y, c.gradient, self.trust)) for c in self._held_out
+                float(direction_loss(self.delta(c.features), c.y, c.gradient, self.trust))
+                for c in self._held_out
+                if c.gradient is not None
             ]
         gain = 1.0 - sum(losses) / len(losses)
         self.finite = math.isfinite(gain) and all(bool(torch.isfinite(p).all()) for p in self._parameters)
