@@ -5,6 +5,7 @@ Jobs and results are JSON values and bytes (`esper.mesh.workers`). A job without
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from esper.mesh.errors import EsperError
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_job", "warm"]
 
+_NICENESS = 10
+
 
 def warm() -> None:
-    """Import what a build needs, so that the first order does not wait for it."""
+    """Import what a build needs, so that the first order does not wait for it, and give way to others."""
     import torch
     from torch import _inductor  # noqa: F401  # imported for its seconds
 
@@ -24,6 +27,8 @@ def warm() -> None:
 
     # One job a process: the pool, not torch, decides how many cores the forge uses.
     torch.set_num_threads(1)
+    # A run that trains on this machine goes first; compilers that a build starts inherit it.
+    os.nice(_NICENESS)
 
 
 def compile_job(job: dict[str, Any], report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
