@@ -20,6 +20,7 @@ __all__ = ["Desk", "Rules"]
 
 _log = get_logger(__name__)
 _FORGET_EVERY_S = 3600.0
+_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,7 @@ class Desk:
                     pause = min(pause, soonest - now + 0.001)
             except EsperError as error:
                 _log.warning("leases cannot be watched", reason=error.reason, error=error.private or error.public)
-                pause = 1.0
+                pause = _RETRY_S
             await until_drain(_within(pause, self._leased, seen), self._drain)
 
 

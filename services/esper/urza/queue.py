@@ -119,11 +119,11 @@ async def withdraw(tx: Transaction, kind: WorkKind, subject_id: str, error: str)
 
 def _queued(request: Request) -> list[sa.ColumnElement[bool]]:
     conditions = [work.c.kind == request.kind.value, work.c.state == WorkState.QUEUED.value]
-    if request.kind is WorkKind.COMPILE:
-        if request.tiers:
-            conditions.append(work.c.tier.in_(sorted(tier.value for tier in request.tiers)))
-        if request.target:
-            conditions.append(work.c.target.in_(["", request.target]))
+    if request.kind is WorkKind.COMPILE and request.tiers:
+        conditions.append(work.c.tier.in_(sorted(tier.value for tier in request.tiers)))
+    if request.target:
+        # A kernel for another machine can be neither built nor judged here; a portable one can be both anywhere.
+        conditions.append(sa.or_(work.c.tier == Tier.PORTABLE.value, work.c.target.in_(["", request.target])))
     return conditions
 
 

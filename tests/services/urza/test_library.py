@@ -1,10 +1,12 @@
 """Conformance of the library on every database: the same tests on SQLite and on PostgreSQL."""
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from esper.kasmina.kernels.signing import SigningKey
 from esper.kasmina.signature import Layout, Signature
@@ -15,14 +17,18 @@ from esper.mesh.errors import (
     EsperError,
     Forbidden,
     InvalidInput,
+    LimitExceeded,
     NotFound,
     Stale,
+    Unavailable,
     Unsupported,
 )
 from esper.mesh.identity import Identity, Role
-from esper.urza import log, search
+from esper.urza import log, queue, search
 from esper.urza.blueprints import Blueprint, BlueprintState
 from esper.urza.builds import BuildState, Tier
+from esper.urza.changes import Change
+from esper.urza.desk import Rules
 from esper.urza.kernels import Kernel, KernelState
 from esper.urza.leases import Built, Failed, Request, WorkKind
 from esper.urza.search import KernelQuery
@@ -226,6 +232,21 @@ class TestWork:
         assert [anywhere.id] == await take(target=TARGET)
         assert [elsewhere.id] == await take()
 
+    async def test_an_evaluator_gets_what_it_can_run(self, world: World) -> None:
+        """Kernels for another machine wait for an evaluator there; portable ones are judged anywhere."""
+        blueprint_id = await world.submit()
+        portable = await world.upload(await world.order(blueprint_id))
+        gpu = "cuda/nvidia/sm_90/torch-2.13"
+        there = await world.upload(await world.order(blueprint_id, tier=Tier.STANDARD, target=gpu))
+        here = await world.upload(await world.order(blueprint_id, tier=Tier.STANDARD, target=TARGET))
+
+        async def take(target: str) -> list[str]:
+            request = Request(kind=WorkKind.EVALUATE, holder="x", limit=10, target=target)
+            return [lease.subject_id for lease in await world.library.desk.lease(request, JUDGE)]
+
+        assert [portable.id, here.id] == await take(TARGET)
+        assert [there.id] == await take(gpu)
+
     async def test_only_the_entitled_role_takes_work(self, world: World) -> None:
         """Compiling is for forges, judging for evaluation engines; nobody keeps or ends another role's lease."""
         await world.order()
@@ -303,8 +324,6 @@ class TestWork:
 
     async def test_leases_that_are_long_over_are_forgotten(self, world: World) -> None:
         """A completion may be sent again while the lease is remembered, and no longer."""
-        from esper.urza import queue
-
         await world.order()
         lease = await world.lease(WorkKind.COMPILE)
         failed = Failed("x", retryable=False)
@@ -315,6 +334,46 @@ class TestWork:
         world.clock.advance(1)
         assert 1 == await world.library.store.write(lambda tx: queue.forget(tx, older_than_s=3600))
         await refused(Stale, "LEASE_LOST", world.library.desk.complete(lease.id, failed, FORGE))
+
+    async def test_the_library_ends_leases_by_itself(self, database_url: str, tmp_path: Path) -> None:
+        """A lease that runs out ends without anybody asking; with no attempt left its build has failed."""
+        rules = Rules(idle_sweep_s=0.02, max_attempts=1)
+        async with open_world(database_url, tmp_path, rules=rules) as world:
+            build = await world.order()
+            await world.lease(WorkKind.COMPILE, lease_time_s=5)
+            world.clock.advance(6)
+            async with aclosing(world.library.watch(3)) as changes, asyncio.timeout(30):
+                change = await anext(changes)
+            assert isinstance(change, Change)
+            assert (build.id, BuildState.FAILED) == (change.subject.id, change.subject.state)
+
+    async def test_trouble_delays_the_end_of_a_lease_only(
+        self, small_world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When the database fails while leases are looked at, they are looked at again."""
+        desk = small_world.library.desk
+        real, failures = queue.next_expiry, 2
+
+        async def flaky(connection: AsyncConnection) -> float | None:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise Unavailable("not now")
+            return await real(connection)
+
+        monkeypatch.setattr("esper.urza.desk._RETRY_S", 0.01)
+        monkeypatch.setattr(queue, "next_expiry", flaky)
+        await small_world.order()
+        lease = await small_world.lease(WorkKind.COMPILE, lease_time_s=1)
+        small_world.clock.advance(2)
+        with pytest.raises(Stale):
+            await desk.renew(lease.id, None, FORGE)
+        small_world.library.store.signal(frozenset())
+        desk._leased.flash()
+        async with aclosing(small_world.library.watch(3)) as changes, asyncio.timeout(30):
+            change = await anext(changes)
+        assert isinstance(change, Change)
+        assert BuildState.QUEUED is change.subject.state
 
     async def test_no_two_lessees_get_the_same_piece(self, world: World) -> None:
         """Many lessees at once: every piece is handed out exactly once, and all of them are."""
@@ -432,6 +491,16 @@ class TestVerdicts:
         await world.library.register_key(other.key_id, other.raw, JUDGE, revoked=False)
         assert [key.key_id, other.key_id] == [one.key_id for one in await world.library.keys()]
 
+    async def test_keys_are_bounded(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The list of keys is not paged, so it has an end."""
+        monkeypatch.setattr("esper.urza.shelf.MAX_KEYS", 1)
+        await world.register()
+        await world.register()
+        other = SigningKey.generate().public
+        await refused(
+            LimitExceeded, "TOO_MANY_KEYS", world.library.register_key(other.key_id, other.raw, JUDGE, revoked=False)
+        )
+
     async def test_a_name_with_another_key_is_refused(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two keys whose names collide are not mixed up: the first one keeps the name."""
         key, other = world.key.public, SigningKey.generate().public
@@ -507,6 +576,15 @@ class TestKernels:
         assert [child, left, right, root] == [blueprint.id for blueprint in lineage.blueprints]
         assert (build.id, kernel) == (lineage.build.id, lineage.kernel)
         assert (left, right) == lineage.blueprints[0].parent_ids
+
+    async def test_a_prefix_that_names_two(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A prefix must name one entry: with two it is refused instead of guessed at."""
+        # Equal digits at the front cannot be had on order: the shortest prefix is made shorter.
+        monkeypatch.setattr("esper.urza.shelf.MIN_PREFIX", len("sha256:"))
+        build = await world.order()
+        for number in range(2):
+            await world.upload(build, bytes([number]))
+        await refused(InvalidInput, "AMBIGUOUS_ID", world.library.get_kernel("sha256:"))
 
     async def test_found_by_prefix(self, world: World) -> None:
         """Eight digits lead to a kernel; fewer, or ones that nothing has, do not."""

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from esper.kasmina.signature import Layout, Signature
 from esper.mesh.bus import BusPublisher, BusSubscriber
+from esper.mesh.channel import open_channel
 from esper.mesh.errors import Code, LimitExceeded
 from esper.mesh.testing import serve, service_context
 from esper.oona.service import Config as OonaConfig
 from esper.oona.service import build as build_oona
 from esper.urza.announce import TOPIC, Announcer
+from esper.urza.builds import BuildOrder, Tier
 from esper.urza.changes import Change
 from esper.urza.desk import Rules
 from esper.urza.library import Library
@@ -241,8 +244,6 @@ class TestBus:
 
     async def test_a_dead_bus_harms_nothing(self, tmp_path: Path) -> None:
         """With nobody at the other end the library serves as ever, and counts what it could not announce."""
-        from esper.mesh.channel import open_channel
-
         channel = open_channel("127.0.0.1:1")
         async with open_world(sqlite_url(tmp_path / "library.db"), tmp_path) as world:
             announcer = Announcer(world.library, BusPublisher(channel))
@@ -254,6 +255,27 @@ class TestBus:
                     await asyncio.sleep(0.005)
             await announcer.close()
             assert 5 == announcer.stats.lost
+        await channel.close()
+
+    async def test_a_burst_is_announced_whole(self, tmp_path: Path) -> None:
+        """More changes at once than a watcher may be behind: the announcer begins again and misses none."""
+        rules = Rules(watcher_queue=2)
+        channel = open_channel("127.0.0.1:1")
+        async with open_world(sqlite_url(tmp_path / "library.db"), tmp_path, rules=rules) as world:
+            announcer = Announcer(world.library, BusPublisher(channel))
+            announcer.start()
+            blueprint_id = await world.submit()
+            widths = [Signature(Layout.VECTOR, width, 8) for width in range(1, 40)]
+            orders = [
+                BuildOrder(blueprint_id=blueprint_id, signature=signature, target="", tier=Tier.PORTABLE)
+                for signature in widths
+            ]
+            await world.library.request_builds(orders, retry=False)  # one transaction, 39 changes
+            async with asyncio.timeout(30):
+                while announcer.stats.offered < 40:  # noqa: ASYNC110  # counts have no event
+                    await asyncio.sleep(0.005)
+            await announcer.close()
+            assert 40 == announcer.stats.offered
         await channel.close()
 
     async def test_a_library_without_a_way_to_the_bus_serves(self, tmp_path: Path) -> None:
