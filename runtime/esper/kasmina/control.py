@@ -332,6 +332,9 @@ class ControlPlane(Protocol):
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
         """Begin to fetch, verify and load a kernel in the background; idempotent."""
 
+    def prefetch(self, kernel_ids: Sequence[str]) -> None:
+        """Begin to fetch what is likely to be wanted soon; failures are forgotten, `request_kernel` will tell."""
+
     def kernel(self, kernel_id: str) -> object | None:
         """The loaded ``esper.kasmina.kernels.Kernel``, or None while it is not there yet.
 

@@ -29,7 +29,7 @@ from esper.mesh.channel import open_channel
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import grpc.aio
@@ -124,13 +124,17 @@ class MeshLink:
         advice = self._advisor.ask(
             Question(state, deadline_s), lambda question: self._post(self._advisor.submit, question)
         )
-        for kernel_id in () if advice is None else advice.prefetch:
-            self._post(self._kernels.request, kernel_id, None)
+        self.prefetch(() if advice is None else advice.prefetch)
         return advice
 
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
         """Begin to fetch, verify and load a kernel in the background; idempotent."""
         self._post(self._kernels.request, kernel_id, signature)
+
+    def prefetch(self, kernel_ids: Sequence[str]) -> None:
+        """Begin to fetch, verify and load what is likely to be wanted soon; failures are forgotten."""
+        for kernel_id in kernel_ids:
+            self._post(self._kernels.request, kernel_id, None)
 
     def kernel(self, kernel_id: str) -> Kernel | None:
         """The loaded kernel, or None while it is not there.

@@ -56,8 +56,8 @@ class Trust:
 class Prepared:
     """What the library has for a run."""
 
-    kernels: int
-    """Kernels that are validated and fit."""
+    kernels: tuple[str, ...]
+    """Ids of the kernels that are validated and fit."""
     pending: int
     """Builds still under way when the wait ended."""
     failed: int
@@ -88,9 +88,9 @@ def prepare(
         leave: true when the run was asked to pause or stop.
     """
     if not mesh:
-        return Prepared(0, 0, 0, reached=False)
+        return Prepared((), 0, 0, reached=False)
     deadline = time.monotonic() + wait_s
-    last = Prepared(0, 0, 0, reached=False)
+    last = Prepared((), 0, 0, reached=False)
     request = pb.PrepareRunRequest(hello=run_hello_to_proto(hello))
     with open_sync_channel(mesh, token=token or None) as channel:
         stub = TamiyoServiceStub(channel)
@@ -103,8 +103,8 @@ def prepare(
                 if not _passing(fault):
                     return last  # no control plane: train without growth, at once
             else:
-                last = Prepared(len(answer.kernel_ids), answer.pending, answer.failed, reached=True)
-                done = last.kernels + last.failed
+                last = Prepared(tuple(answer.kernel_ids), answer.pending, answer.failed, reached=True)
+                done = len(last.kernels) + last.failed
                 say(f"waiting for kernels {done}/{done + last.pending}")
             left = deadline - time.monotonic()
             if (last.reached and last.pending == 0) or left <= 0 or leave():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ __all__ = ["SeededNetwork"]
 
 _log = get_logger(__name__)
 _CACHE_BYTES = 4 << 30
+_LOAD_AHEAD_S = 30.0
+_POLL_S = 0.05
 _SEED_KEY = "esper_seed_"
 
 
@@ -70,6 +73,7 @@ class SeededNetwork(Network):
     ) -> None:
         super().__init__(config)
         self._launch = launch
+        self._plane = plane
         self._host_cost = forward_flops(self.model, sample)
         self._module_costs: dict[tuple[str, tuple[int, ...]], float] = {}
         self._disk = DiskStore(Path(launch.cache_dir), _CACHE_BYTES) if launch.cache_dir else None
@@ -217,7 +221,32 @@ class SeededNetwork(Network):
             leave=leave,
         )
         self._trust = prepared.trust
-        _log.info("library prepared", kernels=prepared.kernels, pending=prepared.pending, failed=prepared.failed)
+        self._load_ahead(prepared.kernels, leave)
+        _log.info("library prepared", kernels=len(prepared.kernels), pending=prepared.pending, failed=prepared.failed)
+
+    def _load_ahead(self, kernels: tuple[str, ...], leave: Callable[[], bool]) -> None:
+        """Have the fitting kernels in memory before the first step.
+
+        Not for speed: a kernel that is there is taken in at the boundary after its germination, however fast epochs pass on
+        this machine, so that equal runs take equal decisions.
+        """
+        if self._plane is None or not kernels:
+            return
+        self._plane.prefetch(kernels)
+        deadline = time.monotonic() + _LOAD_AHEAD_S
+        waiting = set(kernels)
+        while waiting and time.monotonic() < deadline and not leave():
+            waiting = {kernel_id for kernel_id in waiting if not self._is_there(kernel_id)}
+            time.sleep(_POLL_S)
+        if waiting:
+            _log.warning("kernels not loaded ahead", count=len(waiting), waited_s=_LOAD_AHEAD_S)
+
+    def _is_there(self, kernel_id: str) -> bool:
+        assert self._plane is not None
+        try:
+            return self._plane.kernel(kernel_id) is not None
+        except EsperError:
+            return True  # refused: whoever germinates it will be told
 
     def kernels(self) -> tuple[str, ...]:
         """See `Network`."""
