@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+
 from esper.kasmina.blueprints import catalogue
 from esper.kasmina.blueprints import ir as blueprint_ir
 from esper.kasmina.kernels.signing import CheckResult, Figure, SignedVerdict, SigningKey, Statement
 from esper.kasmina.signature import Layout, Signature
+from esper.mesh.errors import EsperError
 from esper.mesh.identity import Identity, Role
 from esper.urza.blob_store import LocalBlobStore
 from esper.urza.builds import Build, BuildOrder, Tier
@@ -186,3 +189,11 @@ def resigned(outcome: Judged, data: bytes, key: SigningKey) -> Judged:
     """The same claims beside other bytes, which are signed all right."""
     verdict = SignedVerdict(data, key._key.sign(data), key.public.key_id)
     return replace(outcome, verdict=verdict)
+
+
+async def refused(kind: type[EsperError], reason: str, work: object) -> EsperError:
+    """Await something that must fail in one way."""
+    with pytest.raises(kind) as caught:
+        await work
+    assert reason == caught.value.reason
+    return caught.value
