@@ -168,11 +168,11 @@ class ConvHost:
     """Which host; constant."""
     stem_channels: int = 8
     """Channels after the first convolution."""
-    narrow_channels: int = 2
+    narrow_channels: int = 4
     """Channels in the middle of the body: the part that is too narrow, on purpose or not."""
     body_channels: int = 12
     """Channels after the body."""
-    pooled_extent: int = 1
+    pooled_extent: int = 2
     """Height and width left for the head: 1 averages over the whole image, 2 keeps the quarters apart."""
 
     def __post_init__(self) -> None:

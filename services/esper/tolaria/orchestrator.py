@@ -274,12 +274,13 @@ class Orchestrator:
             yield seen
             if seen.state in SETTLED:
                 return
-            last = _fingerprint(seen)
+            last = _position(seen)
             # What happened between the first look and now must not be lost.
             queue.put(self.store.view(run_id))
             async for seen in queue:
-                if _fingerprint(seen) != last:
-                    last = _fingerprint(seen)
+                # Looks are taken on several threads: an older one may arrive after a newer one.
+                if _position(seen) > last:
+                    last = _position(seen)
                     yield seen
                 if seen.state in SETTLED:
                     return
@@ -414,5 +415,7 @@ class Orchestrator:
         _log.info("run started", run_id=record.id, attempt=record.attempt, pid=mark.pid)
 
 
-def _fingerprint(seen: View) -> tuple[object, ...]:
-    return seen.state, seen.progress.sequence if seen.progress else 0, seen.record.attempt
+def _position(seen: View) -> tuple[int, bool, int, bool]:
+    """Grows with everything that happens to a run."""
+    sequence = seen.progress.sequence if seen.progress else 0
+    return seen.record.attempt, seen.state in SETTLED, sequence, seen.state is RunState.RUNNING

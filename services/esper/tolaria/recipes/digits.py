@@ -24,7 +24,14 @@ def digits() -> RunConfig:
         task="digits",
         data=DigitsData(),
         host=ConvHost(),
-        optimizer=OptimizerConfig(name="adamw", learning_rate=5e-3, weight_decay=1e-4),
-        schedule=ScheduleConfig(epochs=60),
-        growth=GrowthConfig(parameter_budget=3_000, max_active_seeds=1),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=1e-4),
+        schedule=ScheduleConfig(epochs=50),
+        growth=GrowthConfig(
+            parameter_budget=3_000,
+            max_active_seeds=2,
+            # The features are what is too narrow; the head's width is the task's own.
+            sites=("stem", "stem..body", "body", "body.*"),
+            kinds=("parallel",),
+            blueprints=("conv_bottleneck", "depthwise_separable", "dilated_conv", "wide_residual"),
+        ),
     )
