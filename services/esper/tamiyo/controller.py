@@ -9,6 +9,7 @@ from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 from esper.tamiyo.domain import Situation
 from esper.tamiyo.memory import Memory, dump, load, observe
+from esper.tamiyo.overlap import Overlaps
 from esper.tamiyo.shield import review
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Conversation:
         self._policy = policy
         self._rules = rules
         self._memory = _remembered(hello)
+        self._overlaps = Overlaps(hello.sites)
         self._last = 0
 
     def advise(self, state: BoundaryState, shelf: Shelf) -> Advice:
@@ -59,7 +61,9 @@ class Conversation:
             )
         self._last = state.boundary
         memory = observe(self._memory, state, embargo=self._rules.embargo_boundaries)
-        situation = Situation(hello=self.hello, state=state, memory=memory, shelf=shelf, rules=self._rules)
+        situation = Situation(
+            hello=self.hello, state=state, memory=memory, shelf=shelf, rules=self._rules, overlaps=self._overlaps
+        )
         judgement = self._policy.decide(situation)
         ruling = review(situation, judgement.proposals)
         self._memory = memory.noted(state.boundary, ruling.admitted, shelf.kernels, state.flops_per_sample)

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from esper.tamiyo.overlap import Overlaps
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from esper.kasmina.control import Action, BoundaryState, KernelChoice, RunHello, SeedState, SiteDescriptor, Stage
     from esper.kasmina.signature import Signature
-    from esper.tamiyo.memory import Memory
+    from esper.tamiyo.memory import Memory, SiteMark
     from esper.tamiyo.rules import Rules
 
 __all__ = ["Judgement", "KernelFacts", "Policy", "Proposal", "Shelf", "Situation"]
@@ -72,6 +74,16 @@ class Situation:
     """Everything up to and including this boundary."""
     shelf: Shelf
     rules: Rules
+    overlaps: Overlaps | None = None
+    """Of the host's sites, where they were worked out before."""
+
+    def around(self, seed: int) -> frozenset[int]:
+        """Indices of the sites that cover the same modules as a seed's."""
+        return (self._own_overlaps if self.overlaps is None else self.overlaps).around(seed)
+
+    @cached_property
+    def _own_overlaps(self) -> Overlaps:
+        return Overlaps(self.hello.sites)
 
     @cached_property
     def sites(self) -> Mapping[int, SiteDescriptor]:
@@ -82,6 +94,11 @@ class Situation:
     def seeds(self) -> Mapping[int, SeedState]:
         """Those that are not dormant, by index."""
         return {seed.index: seed for seed in self.state.seeds}
+
+    @cached_property
+    def marks(self) -> Mapping[int, SiteMark]:
+        """What is remembered of sites, by index."""
+        return self.memory.marks()
 
     @cached_property
     def steps_per_boundary(self) -> float:

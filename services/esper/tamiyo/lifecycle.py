@@ -149,7 +149,7 @@ def _on_probation(situation: Situation, seed: SeedState) -> Proposal | str:  # n
 
 
 def _embargoed(situation: Situation, seed: SeedState) -> Proposal | str:
-    mark = situation.memory.marks().get(seed.index)
+    mark = situation.marks.get(seed.index)
     until = 0 if mark is None else mark.closed_until
     if until > situation.state.boundary:
         return f"is under embargo until boundary {until}"

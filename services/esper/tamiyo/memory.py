@@ -7,7 +7,8 @@ A memory is a value: `observe` gives the next one from a state, `noted` the one 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from esper.kasmina.control import Action, Stage
@@ -212,7 +213,12 @@ def dump(memory: Memory) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]
-    return list(asdict(value).values()) if isinstance(value, Life | SiteMark) else value
+    # Not `asdict`, which copies deeply and took half of a decision's time.
+    kind = type(value)
+    return _COLUMNS[kind](value) if kind in _COLUMNS else value
+
+
+_COLUMNS = {kind: attrgetter(*(f.name for f in fields(kind))) for kind in (Life, SiteMark)}
 
 
 def load(data: bytes) -> Memory:

@@ -7,6 +7,7 @@ the narrow part comes first, because an adapter of fixed width cannot repair a w
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,11 @@ from esper.kasmina.control import SiteKind, Stage
 from esper.tamiyo.memory import SiteMark
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
     from esper.kasmina.control import SiteDescriptor
     from esper.tamiyo.domain import Situation
 
-__all__ = ["Candidate", "candidates", "order_of", "overlap"]
+__all__ = ["Candidate", "candidates", "order_of", "repairs"]
 
 _GRANULARITY = {"span": 0, "block": 1, "layer": 2}
 _OUTPUT_DEPTH = 0.999
@@ -73,14 +73,10 @@ def repairs(site: SiteDescriptor) -> bool:
 
 def candidates(situation: Situation) -> tuple[list[Candidate], dict[str, int]]:
     """Sites that may grow now, best first, and how many may not, by reason."""
-    marks = situation.memory.marks()
+    marks = situation.marks
     rules, boundary = situation.rules, situation.state.boundary
-    held = [
-        situation.sites[seed.index]
-        for seed in situation.state.seeds
-        if Stage.GERMINATED <= seed.stage <= Stage.FOSSILIZED and seed.index in situation.sites
-    ]
-    depths = {site.name: site.depth for site in situation.hello.sites} if held else {}
+    held = [seed.index for seed in situation.state.seeds if Stage.GERMINATED <= seed.stage <= Stage.FOSSILIZED]
+    grown = Counter(index for seed in held for index in situation.around(seed))
     found: list[Candidate] = []
     closed = dict.fromkeys(("occupied", "embargoed", "given up", "not saturated"), 0)
     for site in situation.hello.sites:
@@ -94,31 +90,6 @@ def candidates(situation: Situation) -> tuple[list[Candidate], dict[str, int]]:
         elif mark.saturation is not None and mark.saturation < rules.saturation_floor:
             closed["not saturated"] += 1
         else:
-            grown = sum(overlap(site, other, depths) for other in held)
-            found.append(Candidate(site, mark, grown))
+            found.append(Candidate(site, mark, grown[site.index]))
     found.sort(key=lambda c: order_of(c.site, c.width, c.mark.failures, c.mark.effective_rank))
     return found, {reason: count for reason, count in closed.items() if count}
-
-
-def overlap(site: SiteDescriptor, other: SiteDescriptor, depths: Mapping[str, float]) -> bool:
-    """Whether two sites cover the same modules: by name, one inside the other, or between the ends of a span.
-
-    Args:
-        site: one site.
-        other: the other.
-        depths: depth of each site by its name, to tell what lies between the ends of a span.
-    """
-    mine, yours = site.name.split(".."), other.name.split("..")
-    if any(_related(a, b) for a in mine for b in yours):
-        return True
-    return _between(mine, other, depths) or _between(yours, site, depths)
-
-
-def _related(a: str, b: str) -> bool:
-    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
-
-
-def _between(span: Sequence[str], site: SiteDescriptor, depths: Mapping[str, float]) -> bool:
-    if len(span) != 2 or span[0] not in depths or span[1] not in depths:
-        return False
-    return depths[span[0]] <= site.depth <= depths[span[1]]

@@ -142,7 +142,7 @@ def _germinate(  # noqa: PLR0911  # one return per reason
     situation: Situation, proposal: Proposal, admitted: Sequence[Proposal]
 ) -> str:
     seed = situation.seeds.get(proposal.seed)
-    mark = situation.memory.marks().get(proposal.seed)
+    mark = situation.marks.get(proposal.seed)
     choice = proposal.kernel
     kernel = None if choice is None else situation.shelf.kernels.get(choice.kernel_id)
     if any(other.action is Action.GERMINATE for other in admitted):
@@ -215,7 +215,7 @@ def _cancel(situation: Situation, proposal: Proposal, _admitted: Sequence[Propos
 def _release(situation: Situation, proposal: Proposal, _admitted: Sequence[Proposal]) -> str:
     if wrong := _in_stage(situation, proposal, frozenset({Stage.EMBARGOED})):
         return wrong
-    mark = situation.memory.marks().get(proposal.seed)
+    mark = situation.marks.get(proposal.seed)
     until = 0 if mark is None else mark.closed_until
     return f"its embargo lasts until boundary {until}" if until > situation.state.boundary else ""
 

@@ -10,7 +10,8 @@ from esper.kasmina.signature import Layout, Signature
 from esper.tamiyo.choice import choose, nature
 from esper.tamiyo.heuristic import HeuristicPolicy
 from esper.tamiyo.memory import Life, Memory, SiteMark
-from esper.tamiyo.placement import candidates, overlap
+from esper.tamiyo.overlap import Overlaps
+from esper.tamiyo.placement import candidates
 from esper.tamiyo.rules import Rules
 from esper.tamiyo.shield import review
 from esper.tamiyo.signals import trend_of
@@ -187,13 +188,14 @@ def test_overlap_is_told_by_names_and_depth():
     conv1, conv2, conv3 = (make_site(i, name=f"net.conv{i}", depth=i / 10) for i in (1, 2, 3))
     span = make_site(4, name="net.conv1..net.conv3", depth=0.3)
     other = make_site(5, name="net.conv33", depth=0.5)
-    depths = {site.name: site.depth for site in (conv1, conv2, conv3, span, other)}
-    assert overlap(conv1, make_site(6, name="net"), depths)
-    assert overlap(conv2, span, depths)
-    assert overlap(span, conv2, depths)
-    assert not overlap(conv1, conv2, depths)
-    assert not overlap(other, span, depths)
-    assert not overlap(conv2, make_site(7, name="a..b"), depths)
+    whole, strange = make_site(6, name="net", depth=1.0), make_site(7, name="a..b")
+    overlaps = Overlaps([conv1, conv2, conv3, span, other, whole, strange])
+    assert {1, 4, 6} == overlaps.around(1)
+    assert {2, 4, 6} == overlaps.around(2)
+    assert {1, 2, 3, 4, 6} == overlaps.around(4)
+    assert {5, 6} == overlaps.around(5)
+    assert {7} == overlaps.around(7)
+    assert frozenset() == overlaps.around(99)
 
 
 # Which
