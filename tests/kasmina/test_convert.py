@@ -47,7 +47,7 @@ names = st.text(st.characters(codec="ascii", min_codepoint=32), max_size=24)
 finite32 = st.floats(-1e6, 1e6, width=32)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 2**31)
-LIVING = range(Stage.GERMINATED, Stage.FINE_TUNING + 1)
+GATED = {*range(Stage.GERMINATED, Stage.FINE_TUNING + 1), Stage.EMBARGOED, Stage.ROLLED_BACK}
 
 signatures = st.builds(
     Signature,
@@ -96,7 +96,7 @@ def seed_states(draw):
         stage=stage,
         boundaries_in_stage=draw(counts),
         steps_in_stage=draw(counts),
-        ready=not blocked and stage in LIVING,
+        ready=not blocked and stage in GATED,
         blocked_by=blocked,
         alpha=draw(st.floats(0, 1, width=32)),
         kernel_id=draw(st.just("") | digests),

@@ -24,6 +24,9 @@ GATE_BLOCKS: tuple[str, ...] = tuple(
 )
 """Reasons of gates that the contract names, without their prefix: what ``SeedState.blocked_by`` should hold."""
 
+GATED = frozenset(range(Stage.GERMINATED, Stage.FINE_TUNING + 1)) | {Stage.EMBARGOED, Stage.ROLLED_BACK}
+"""Stages that a gate lies ahead of: only there a seed is ready, or is not."""
+
 
 def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from esper.kasmina._convert_base import (
     GATE_BLOCKS,
+    GATED,
     MAX_FAILURE,
     column,
     cut,
@@ -20,7 +21,7 @@ from esper.kasmina._convert_base import (
     site_to_proto,
     stage,
 )
-from esper.kasmina.control import BoundaryState, Counterfactual, HealthColumns, RunHello, SeedState, Stage
+from esper.kasmina.control import BoundaryState, Counterfactual, HealthColumns, RunHello, SeedState
 from esper.mesh.blobs import digest_bytes, digest_text
 from esper.mesh.errors import InvalidInput
 from esper.v1 import health_pb2, run_pb2, seed_pb2
@@ -118,7 +119,7 @@ def boundary_state_from_proto(message: run_pb2.TrainingState) -> BoundaryState:
 
 def _blocked_to_proto(seed: SeedState) -> seed_pb2.GateBlock.ValueType:
     if not seed.blocked_by:
-        silent = not seed.ready and Stage.GERMINATED <= seed.stage <= Stage.FINE_TUNING
+        silent = not seed.ready and seed.stage in GATED
         return seed_pb2.GATE_BLOCK_OTHER if silent else seed_pb2.GATE_BLOCK_UNSPECIFIED
     name = seed.blocked_by.upper()
     return seed_pb2.GateBlock.Value(f"GATE_BLOCK_{name if name in GATE_BLOCKS else 'OTHER'}")
@@ -198,7 +199,7 @@ def _seed(message: seed_pb2.SeedColumns, columns: dict[str, Any], row: int) -> S
         stage=now,
         boundaries_in_stage=at("boundaries_in_stage", 0),
         steps_in_stage=at("steps_in_stage", 0),
-        ready=not blocked and Stage.GERMINATED <= now <= Stage.FINE_TUNING,
+        ready=not blocked and now in GATED,
         blocked_by=blocked,
         alpha=at("alpha", 0.0),
         kernel_id=digest_text(kernel) if kernel else "",

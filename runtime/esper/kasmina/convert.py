@@ -7,7 +7,7 @@ becomes the other::
     assert boundary_state_from_proto(message) == state      # up to binary32 in the columns, see below
 
 What the wire holds that the dataclasses do not show: columns of statistics are binary32 with NaN for None; times are
-whole nanoseconds; ``ready`` of a living seed is the absence of a blocked gate; a reason of a gate that the contract
+whole nanoseconds; ``ready`` is the absence of a blocked gate where one lies ahead; a reason of a gate that the contract
 does not know travels as OTHER; free texts beyond their bound are cut (names and reasons for people, never identifiers).
 """
 

@@ -153,6 +153,8 @@ def _embargoed(situation: Situation, seed: SeedState) -> Proposal | str:
     until = 0 if mark is None else mark.closed_until
     if until > situation.state.boundary:
         return f"is under embargo until boundary {until}"
+    if not seed.ready:
+        return f"stays closed by the runtime ({seed.blocked_by})"
     name = situation.sites[seed.index].name
     return Proposal(
         seed=seed.index,
@@ -167,6 +169,8 @@ def _locked(situation: Situation, seed: SeedState) -> Proposal | str:
     until = (0 if life is None else life.out_since) + situation.rules.lock_boundaries
     if until > situation.state.boundary:
         return f"is locked after a rollback until boundary {until}"
+    if not seed.ready:
+        return f"stays locked by the runtime ({seed.blocked_by})"
     name = situation.sites[seed.index].name
     return Proposal(
         seed=seed.index,

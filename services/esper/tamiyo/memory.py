@@ -191,8 +191,9 @@ def _follow(
         draft.count(life, success=True)
         return replace(life, ended=True)
     if seed.stage in _OUT and not life.out_since:
-        own = bool(seed.failure) or seed.stage is Stage.ROLLED_BACK
-        if own:
+        # A kernel that could not be had is cancelled: it never touched the host, and nobody has to calm down.
+        harmed = seed.failure and seed.stage in {Stage.CULLED, Stage.EMBARGOED}
+        if harmed or seed.stage is Stage.ROLLED_BACK:
             draft.rollback = boundary
         if not life.ended:
             draft.fail(index, boundary + (life.embargo or embargo))

@@ -15,7 +15,6 @@ from esper.kasmina.control import SiteKind, Stage
 from esper.tamiyo.memory import SiteMark
 
 if TYPE_CHECKING:
-
     from esper.kasmina.control import SiteDescriptor
     from esper.tamiyo.domain import Situation
 

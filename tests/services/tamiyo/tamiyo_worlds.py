@@ -15,6 +15,7 @@ from esper.kasmina.control import (
     SiteKind,
     Stage,
 )
+from esper.kasmina.seeds import LIVING
 from esper.kasmina.signature import Layout, Signature
 from esper.tamiyo.domain import KernelFacts, Shelf, Situation
 from esper.tamiyo.memory import Memory, observe
@@ -24,6 +25,7 @@ NARROW = Signature(Layout.IMAGE, 8, 8)
 WIDE = Signature(Layout.IMAGE, 16, 16)
 FLAT = Signature(Layout.VECTOR, 16, 10)
 RULES = Rules()
+GATED = LIVING | {Stage.EMBARGOED, Stage.ROLLED_BACK}
 thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """Whole histories are slow to draw on a busy machine, and that is no finding."""
 
@@ -91,7 +93,7 @@ def make_seed(index=0, stage=Stage.FINE_TUNING, **changes):
         "stage": stage,
         "boundaries_in_stage": 1,
         "steps_in_stage": 100,
-        "ready": Stage.GERMINATED <= stage <= Stage.FINE_TUNING,
+        "ready": stage in GATED,
         "alpha": 1.0,
         "kernel_id": kernel_id(1),
         "parameters": 300,
@@ -200,7 +202,7 @@ def seed_states(draw, index):
         index,
         stage,
         boundaries_in_stage=draw(st.integers(0, 12)),
-        ready=not blocked and Stage.GERMINATED <= stage <= Stage.FINE_TUNING,
+        ready=not blocked and stage in GATED,
         blocked_by=blocked,
         kernel_id=draw(st.sampled_from(["", kernel_id(1), kernel_id(2), kernel_id(99)])),
         parameters=draw(st.integers(0, 800)),

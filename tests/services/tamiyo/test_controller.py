@@ -188,6 +188,13 @@ def test_a_failure_of_the_runtime_is_a_rollback():
     assert 4 == _lived(make_state(3, [make_seed(0)]), make_state(4, [hurt]), memory=_germinated()).last_rollback
 
 
+def test_a_kernel_that_could_not_be_had_is_no_rollback():
+    """A seed that was cancelled before it touched the host counts as a failure, without a cooldown."""
+    gone = make_seed(0, Stage.CANCELLED, failure="kernel refused")
+    memory = _lived(make_state(3, [make_seed(0)]), make_state(4, [gone]), memory=_germinated())
+    assert (0, 1) == (memory.last_rollback, memory.marks()[0].failures)
+
+
 def test_a_seed_of_unknown_origin_is_followed():
     """A run that was grown by somebody else, or whose memory was lost, is taken as it is."""
     memory = _lived(make_state(3, [make_seed(1)]))

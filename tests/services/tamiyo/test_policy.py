@@ -358,6 +358,7 @@ def test_what_pays_is_kept_with_its_numbers():
         (make_seed(0, Stage.LOADING, ready=False, blocked_by="KERNEL_PENDING"), "waits in LOADING (KERNEL_PENDING)"),
         (make_seed(0, Stage.GRAFTING, ready=False, blocked_by="RAMP"), "waits in GRAFTING (RAMP)"),
         (make_seed(0, Stage.EMBARGOED), "under embargo until boundary 7"),
+        (make_seed(0, Stage.STABILIZING, ready=False, blocked_by="TOO_SOON"), "waits in STABILIZING (TOO_SOON)"),
         (make_seed(0, Stage.ROLLED_BACK), "locked after a rollback until boundary 13"),
     ],
 )
@@ -384,6 +385,11 @@ def test_embargo_and_lock_end():
     locked = make_seed(0, Stage.ROLLED_BACK)
     said, _ = command(locked, make_state(13, [locked]), memory=memory)
     assert Action.UNLOCK is said.action
+    for stage in (Stage.EMBARGOED, Stage.ROLLED_BACK):
+        held = make_seed(0, stage, ready=False, blocked_by="TOO_SOON")
+        said, explanation = command(held, make_state(13, [held]), memory=memory)
+        assert said is None
+        assert "by the runtime (TOO_SOON)" in explanation
 
 
 @pytest.mark.parametrize(
