@@ -12,13 +12,13 @@ __all__ = ["fetch", "fetch_all"]
 _DOWNLOAD_LIMIT_S = 600.0
 
 
-def fetch(mesh: Mesh, run_id: str, name: str, folder: Path) -> Path:
-    """Download one file of a run below a folder, complete or not at all.
+def fetch(mesh: Mesh, run_id: str, name: str, folder: Path, *, prefix: str = "") -> Path:
+    """Download one file of a run below a folder, complete or not at all; `prefix` of its name is left out there.
 
     Raises:
         Corrupt: the bytes that arrived do not have the digest that was announced.
     """
-    path = _inside(folder, name)
+    path = _inside(folder, name.removeprefix(prefix))
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
     running = hashlib.sha256()
@@ -42,11 +42,11 @@ def fetch(mesh: Mesh, run_id: str, name: str, folder: Path) -> Path:
 def fetch_all(
     mesh: Mesh, run_id: str, folder: Path, *, prefix: str = "", names: frozenset[str] | None = None
 ) -> list[Path]:
-    """Download the files of a run whose name begins with `prefix` (or is one of `names`) below a folder."""
+    """Download the files of a run whose name begins with `prefix` (and is one of `names`) below a folder."""
     request = tolaria_service_pb2.ListArtifactsRequest(run_id=run_id)
     listed = mesh.tolaria.ListArtifacts(request, timeout=mesh.timeout).artifacts
     wanted = [a.name for a in listed if a.name.startswith(prefix) and (names is None or a.name in names)]
-    return [fetch(mesh, run_id, name, folder) for name in wanted]
+    return [fetch(mesh, run_id, name, folder, prefix=prefix) for name in wanted]
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -8,13 +8,16 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from esper.cli.drift import from_file
 from esper.cli.lock import HomeLock
-from esper.cli.settings import SERVICES, Settings, build_service
+from esper.cli.roster import SERVICES
+from esper.cli.settings import Settings, build_service
 from esper.mesh.channel import ChannelPool
 from esper.mesh.errors import Unavailable
 from esper.mesh.identity import Identity, Role, TokenIssuer, load_or_create_secret
@@ -96,13 +99,20 @@ class EmbeddedMesh:
         self._pools.clear()
 
 
-def run(loaded: Loaded[Settings], names: Sequence[str] = SERVICES, *, ready: Callable[[str], None]) -> None:
+def run(
+    loaded: Loaded[Settings],
+    names: Sequence[str] = SERVICES,
+    *,
+    ready: Callable[[str], None],
+    attached: bool = False,
+) -> None:
     """Serve until SIGINT or SIGTERM, then drain.
 
     Args:
         loaded: configuration of the process, and where it came from.
         names: services to run here.
         ready: called once with the address when every service answers.
+        attached: stop also when standard input ends, as it does when the process that started this one is gone.
 
     Raises:
         Conflict: HOME_IN_USE.
@@ -113,12 +123,12 @@ def run(loaded: Loaded[Settings], names: Sequence[str] = SERVICES, *, ready: Cal
     configure(settings.logging)
 
     def announce(address: str) -> None:
-        lock.announce(address, loaded.digest or "")
+        lock.announce(address, loaded.digest or "", from_file(loaded))
         ready(address)
 
     try:
         with _runner() as runner:
-            runner.run(_serve(settings, names, announce))
+            runner.run(_serve(settings, names, announce, attached=attached))
     finally:
         lock.release()
         shutdown()
@@ -132,11 +142,15 @@ def _runner() -> asyncio.Runner:
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
-async def _serve(settings: Settings, names: Sequence[str], ready: Callable[[str], None]) -> None:
+async def _serve(
+    settings: Settings, names: Sequence[str], ready: Callable[[str], None], *, attached: bool = False
+) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
+    if attached:
+        loop.add_reader(sys.stdin.fileno(), stopping.set)  # nobody writes there: readable means ended
     mesh = EmbeddedMesh(settings, names, registry=REGISTRY)
     try:
         starting = asyncio.ensure_future(mesh.start())

@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from esper.cli.lock import find_running
-from esper.cli.settings import Settings
 from esper.cli.state import State
-from esper.mesh.channel import open_sync_channel
 from esper.mesh.errors import Unavailable
 from esper.v1.oona_service_pb2_grpc import OonaServiceStub
 from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
@@ -31,6 +30,9 @@ from esper.v1.tezzeret_service_pb2_grpc import TezzeretServiceStub
 from esper.v1.tolaria_service_pb2_grpc import TolariaServiceStub
 from esper.v1.urabrask_service_pb2_grpc import UrabraskServiceStub
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
+
+if TYPE_CHECKING:
+    from esper.cli.command_settings import CommandSettings
 
 __all__ = ["Mesh", "connect"]
 
@@ -111,7 +113,10 @@ def connect(state: State, *, start: bool = False) -> Iterator[Mesh]:
 
 
 @contextmanager
-def _channel(address: str, settings: Settings) -> Iterator[grpc.Channel]:
+def _channel(address: str, settings: "CommandSettings") -> Iterator[grpc.Channel]:
+    # Late: the chassis takes longer to import than `esper --help` should take to answer.
+    from esper.mesh.channel import open_sync_channel
+
     channel = open_sync_channel(address, options=settings.channel, token=None)
     try:
         yield channel
@@ -120,9 +125,9 @@ def _channel(address: str, settings: Settings) -> Iterator[grpc.Channel]:
 
 
 def _check(channel: grpc.Channel, address: str) -> None:
-    request = health_pb2.HealthCheckRequest()
+    health: Any = health_pb2_grpc.HealthStub(channel)  # the published stubs leave its methods out
     try:
-        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
     except grpc.RpcError as error:
         raise Unavailable(
             f"no mesh answers at {address}: expected one that 'esper up' started", reason="MESH_UNREACHABLE"
@@ -137,16 +142,17 @@ def embedded(state: State) -> Iterator[str]:
     home = state.settings.home
     home.mkdir(parents=True, exist_ok=True)
     log = home / "mesh.log"
-    arguments = [sys.executable, "-m", "esper.cli", "--home", str(home), "up", "--port", "0"]
-    if state.loaded.file is not None:
-        arguments[3:3] = ["--config", str(state.loaded.file)]
+    options = ["--config", str(state.config)] if state.config is not None else []
+    arguments = [sys.executable, "-m", "esper.cli", *options, "--home", str(home)]
+    arguments += ["up", "--host", "127.0.0.1", "--port", "0", "--attached"]
     with log.open("ab") as sink:
         child = subprocess.Popen(  # noqa: S603  # our own interpreter and module
             arguments,
-            stdin=subprocess.DEVNULL,
+            # Held open and never written to: its end tells the mesh that this command is gone, however it went.
+            stdin=subprocess.PIPE,
             stdout=sink,
             stderr=sink,
-            env={**os.environ, "ESPER_LOGGING__FORMAT": "json"},
+            env={**(os.environ if state.environ is None else state.environ), "ESPER_LOGGING__FORMAT": "json"},
             # Ctrl-C in the terminal must reach the command first, which then stops its mesh in good order.
             start_new_session=True,
         )
@@ -175,15 +181,18 @@ def _wait_until_ready(child: subprocess.Popen[bytes], home: Path, log: Path) -> 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    spoken = [line for line in lines if line.startswith("error")]
+    return (spoken or lines or ["it said nothing"])[-1].removeprefix("error ")
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is not None:
-        return
-    child.send_signal(signal.SIGTERM)
     try:
-        child.wait(_STOP_LIMIT_S)
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            child.wait(_STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+    finally:
+        if child.stdin is not None:
+            child.stdin.close()

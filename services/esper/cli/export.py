@@ -31,23 +31,15 @@ def export(
     state = state_of(context).with_json(as_json)
     folder = to or Path(f"{run_id}-export")
     with connect(state, start=True) as mesh:
-        written = [path.relative_to(folder) for path in fetch_all(mesh, run_id, folder, prefix=_PREFIX)]
-        if not written:
-            raise NotFound(
-                f"run {run_id} has no export: expected a run that succeeded; 'esper runs show {run_id}' tells more",
-                reason="EXPORT_NOT_FOUND",
-                metadata={"run_id": run_id},
-            )
-    # The files lie in export/ on the side of the run; whoever asked for a folder wants them in it.
-    moved = []
-    for path in written:
-        source = folder / path
-        target = folder / path.relative_to(_PREFIX.rstrip("/"))
-        source.replace(target)
-        moved.append(target)
-    (folder / _PREFIX.rstrip("/")).rmdir()
+        written = fetch_all(mesh, run_id, folder, prefix=_PREFIX)
+    if not written:
+        raise NotFound(
+            f"run {run_id} has no export: expected a run that succeeded; 'esper runs show {run_id}' tells more",
+            reason="EXPORT_NOT_FOUND",
+            metadata={"run_id": run_id},
+        )
     if state.json:
-        state.emit({"run_id": run_id, "files": [str(path) for path in moved]})
+        state.emit({"run_id": run_id, "files": [str(path) for path in written]})
         return
-    for path in moved:
-        state.console.print(f"{path}  {path.stat().st_size} bytes", markup=False)
+    for path in written:
+        state.console.print(f"{path}  {path.stat().st_size} bytes", markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from esper.cli.connection import connect
 from esper.cli.state import ExitCode, command, short, state_of
 from esper.mesh.errors import InvalidInput
 from esper.v1 import signature_pb2, tezzeret_service_pb2, urza_service_pb2
-from esper.v1.blueprint_pb2 import Birth
+from esper.v1.blueprint_pb2 import Birth, Blueprint
 from esper.v1.build_pb2 import Tier
 from esper.v1.kernel_pb2 import Kernel, KernelState
 from esper.v1.signature_pb2 import Layout, Signature
@@ -101,7 +101,7 @@ def list_kernels(
     )
 
 
-def _state(name: str) -> KernelState:
+def _state(name: str) -> KernelState.ValueType:
     try:
         return KernelState.Value(f"KERNEL_STATE_{name.upper()}")
     except ValueError as error:
@@ -173,7 +173,7 @@ def list_blueprints(
         if layout not in known:
             raise InvalidInput(f"--layout: expected one of {', '.join(sorted(known))}, found {layout!r}")
         request.layout = Layout.Value(f"LAYOUT_{layout.upper()}")
-    found = []
+    found: list[Blueprint] = []
     with connect(state, start=True) as mesh:
         while True:
             page = mesh.urza.ListBlueprints(request, timeout=mesh.timeout)

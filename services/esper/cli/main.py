@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from esper.cli import config, export, library, runs, serve, topics, train
-from esper.cli.state import ExitCode, make_state, report
-from esper.mesh.settings import ConfigError
+from esper.cli.state import State
 
 __all__ = ["app"]
 
@@ -58,9 +57,5 @@ def root(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Read the configuration once, for whichever command follows."""
-    try:
-        context.obj = make_state(config=config_file, home=home, mesh=mesh, as_json=False)
-    except ConfigError as error:
-        report(error)
-        raise typer.Exit(ExitCode.USAGE) from error
+    """Keep what was said before the command's name, for whichever command follows."""
+    context.obj = State(config=config_file, home=home, mesh=mesh)

@@ -1,14 +1,16 @@
 """`esper runs`: training runs, past and present."""
 
+import time
 from typing import Annotated
 
+import grpc
 import typer
 from rich.markup import escape
 
 from esper.cli.connection import Mesh, connect
 from esper.cli.live import FINAL_STATES, Board, arm_name, state_name
-from esper.cli.state import ExitCode, State, command, state_of
-from esper.mesh.errors import InvalidInput
+from esper.cli.state import ExitCode, State, as_document, command, state_of
+from esper.mesh.errors import Code, InvalidInput, Unavailable, from_rpc_error
 from esper.v1 import tolaria_service_pb2
 from esper.v1.run_pb2 import Run, RunState
 from esper.v1.seed_pb2 import SeedStage
@@ -18,6 +20,7 @@ __all__ = ["app", "exit_code", "follow"]
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for scripts.")]
 RunArgument = Annotated[str, typer.Argument(help="Id of the run, as 'esper runs list' shows it.")]
+_PATIENCE_S = 30.0
 
 
 @app.command("list", epilog="Example: esper runs list --state running --json")
@@ -61,7 +64,7 @@ def list_runs(
     state.table(columns, rows, empty="no runs: start one with 'esper train digits'")
 
 
-def _state(name: str) -> RunState:
+def _state(name: str) -> RunState.ValueType:
     try:
         return RunState.Value(f"RUN_STATE_{name.upper()}")
     except ValueError as error:
@@ -79,7 +82,7 @@ def show(context: typer.Context, run_id: RunArgument, as_json: JsonOption = Fals
         request = tolaria_service_pb2.ListArtifactsRequest(run_id=run_id)
         artifacts = mesh.tolaria.ListArtifacts(request, timeout=mesh.timeout).artifacts
     if state.json:
-        state.emit(run)
+        state.emit({**as_document(run), "artifacts": [as_document(artifact) for artifact in artifacts]})
         return
     _print(state, run)
     if artifacts:
@@ -114,30 +117,52 @@ def _print(state: State, run: Run) -> None:
 
 
 def follow(mesh: Mesh, run_id: str, board: Board) -> Run:
-    """Follow one run until it says nothing more; a stream that breaks is opened again for as long as the mesh is there.
+    """Follow one run until it says nothing more.
+
+    A stream that ends before the run does is opened again, also when the mesh restarts: training goes on meanwhile.
 
     Raises:
-        grpc.RpcError: the mesh is gone, or the run does not exist.
+        grpc.RpcError: the run does not exist.
+        Unavailable: MESH_UNREACHABLE, the mesh has been away for too long.
     """
     request = tolaria_service_pb2.WatchRunRequest(run_id=run_id)
+    away_since: float | None = None
     while True:
-        for response in mesh.tolaria.WatchRun(request):
-            board.update(response.run)
-            if response.run.state in FINAL_STATES:
-                return response.run
-        run = mesh.tolaria.GetRun(tolaria_service_pb2.GetRunRequest(run_id=run_id), timeout=mesh.timeout).run
-        if run.state in FINAL_STATES:
-            return run
+        try:
+            for response in mesh.tolaria.WatchRun(request):
+                away_since = None
+                board.update(response.run)
+                if response.run.state in FINAL_STATES:
+                    return response.run
+        except grpc.RpcError as error:
+            if from_rpc_error(error).code is not Code.UNAVAILABLE:
+                raise
+            now = time.monotonic()
+            away_since = now if away_since is None else away_since
+            if now - away_since > _PATIENCE_S:
+                raise Unavailable(
+                    f"no mesh has answered at {mesh.address} for {_PATIENCE_S:.0f} s: the run goes on without it; once "
+                    f"one is there again, follow it with: esper runs watch {run_id}",
+                    reason="MESH_UNREACHABLE",
+                ) from error
+            time.sleep(0.2)
 
 
 @app.command("watch", epilog="Example: esper runs watch digits-20261123-201500-k3f9")
 @command
-def watch(context: typer.Context, run_id: RunArgument) -> None:
+def watch(context: typer.Context, run_id: RunArgument, as_json: JsonOption = False) -> None:
     """Follow a run until it ends; Ctrl-C stops the watching, not the run."""
-    state = state_of(context)
+    state = state_of(context).with_json(as_json)
     with connect(state) as mesh:
-        with Board(state.console) as board:
-            run = follow(mesh, run_id, board)
+        _follow_to_end(state, mesh, run_id)
+
+
+def _follow_to_end(state: State, mesh: Mesh, run_id: str) -> None:
+    with Board(state.errors if state.json else state.console) as board:
+        run = follow(mesh, run_id, board)
+    if state.json:
+        state.emit(run)
+    else:
         _print(state, run)
     raise typer.Exit(exit_code(run))
 
@@ -150,12 +175,17 @@ def exit_code(run: Run) -> int:
 
 @app.command("pause", epilog="Example: esper runs pause digits-20261123-201500-k3f9")
 @command
-def pause(context: typer.Context, run_id: RunArgument) -> None:
+def pause(context: typer.Context, run_id: RunArgument, as_json: JsonOption = False) -> None:
     """Ask a run to checkpoint and pause."""
-    state = state_of(context)
-    with connect(state) as mesh:
-        mesh.tolaria.PauseRun(tolaria_service_pb2.PauseRunRequest(run_id=run_id), timeout=mesh.timeout)
-    state.console.print(f"{escape(run_id)} will pause at its next step; go on with: esper runs resume {escape(run_id)}")
+    state = state_of(context).with_json(as_json)
+    request = tolaria_service_pb2.PauseRunRequest(run_id=run_id)
+    with connect(state, start=True) as mesh:
+        run = mesh.tolaria.PauseRun(request, timeout=mesh.timeout).run
+    if state.json:
+        state.emit(run)
+        return
+    verb = "is paused" if run.state == RunState.RUN_STATE_PAUSED else "will pause at its next step"
+    state.console.print(f"{run_id} {verb}; go on with: esper runs resume {run_id}", markup=False, soft_wrap=True)
 
 
 @app.command("resume", epilog="Example: esper runs resume digits-20261123-201500-k3f9 --boundary 12")
@@ -166,25 +196,26 @@ def resume(
     boundary: Annotated[
         int | None, typer.Option(min=1, help="Checkpoint to go on from; the last one by default.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Go on with a paused, failed or interrupted run, and follow it."""
-    state = state_of(context)
+    """Go on with a paused, failed or interrupted run, and follow it; Ctrl-C stops the watching, and the run goes on."""
+    state = state_of(context).with_json(as_json)
     request = tolaria_service_pb2.ResumeRunRequest(run_id=run_id)
     if boundary is not None:
         request.boundary = boundary
     with connect(state, start=True) as mesh:
         mesh.tolaria.ResumeRun(request, timeout=mesh.timeout)
-        with Board(state.console) as board:
-            run = follow(mesh, run_id, board)
-        _print(state, run)
-    raise typer.Exit(exit_code(run))
+        _follow_to_end(state, mesh, run_id)
 
 
 @app.command("stop", epilog="Example: esper runs stop digits-20261123-201500-k3f9")
 @command
-def stop(context: typer.Context, run_id: RunArgument) -> None:
+def stop(context: typer.Context, run_id: RunArgument, as_json: JsonOption = False) -> None:
     """End a run for good; its checkpoints stay."""
-    state = state_of(context)
+    state = state_of(context).with_json(as_json)
     with connect(state, start=True) as mesh:
         run = mesh.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=run_id), timeout=mesh.timeout).run
-    state.console.print(f"{escape(run.id)} {state_name(run)}")
+    if state.json:
+        state.emit(run)
+    else:
+        state.console.print(f"{run.id} {state_name(run)}", markup=False, soft_wrap=True)

@@ -1,12 +1,13 @@
 """What every command shares: settings, where to write, and how errors become exit codes."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import grpc
 import typer
@@ -15,14 +16,18 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from esper.cli.settings import Settings, load_settings
-from esper.mesh.errors import Code, EsperError, from_rpc_error
-from esper.mesh.settings import Loaded
+from esper.mesh.errors import Code, EsperError, InvalidInput, from_rpc_error
 
-__all__ = ["ExitCode", "State", "command", "short", "state_of"]
+if TYPE_CHECKING:
+    from esper.cli.command_settings import CommandSettings
+    from esper.cli.settings import Settings
+    from esper.mesh.settings import Loaded
+
+__all__ = ["ExitCode", "State", "as_document", "command", "report", "short", "state_of"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T", bound="CommandSettings")
 
 
 class ExitCode:
@@ -57,19 +62,58 @@ _EXIT_CODES = {
 class State:
     """Context of one command."""
 
-    loaded: Loaded[Settings]
-    """The configuration, and where it came from."""
-    console: Console
+    config: Path | None = None
+    """Configuration file named on the command line."""
+    home: Path | None = None
+    """Home directory named on the command line."""
+    mesh: str | None = None
+    """Address named on the command line."""
+    environ: Mapping[str, str] | None = None
+    """The environment; the process's own by default."""
+    console: Console = field(default_factory=lambda: Console(highlight=False))
     """For people: standard output."""
-    errors: Console
+    errors: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     """For people: standard error."""
     json: bool = False
     """Write one JSON document to standard output instead of tables."""
 
-    @property
-    def settings(self) -> Settings:
-        """The configuration."""
-        return self.loaded.value
+    @cached_property
+    def settings(self) -> "CommandSettings":
+        """What a command needs to reach a mesh; read when it is first needed, so that help needs none of it.
+
+        Raises:
+            esper.mesh.settings.ConfigError: with every fault of the whole configuration at once.
+        """
+        from esper.cli.command_settings import CommandSettings
+        from esper.mesh.settings import ConfigError
+
+        try:
+            return self._load(CommandSettings).value
+        except ConfigError:
+            # Sections of services are there, or something is wrong: only the whole root can tell.
+            return self.loaded.value
+
+    @cached_property
+    def loaded(self) -> "Loaded[Settings]":
+        """The whole configuration, and where it came from.
+
+        Raises:
+            esper.mesh.settings.ConfigError: with every fault at once.
+        """
+        # Late: the root of the configuration imports every service.
+        from esper.cli.settings import Settings
+
+        return self._load(Settings)
+
+    def _load(self, kind: "type[T]") -> "Loaded[T]":
+        from esper.mesh.settings import load, locate
+
+        environ = os.environ if self.environ is None else self.environ
+        loaded = load(kind, file=self.config or locate(environ, Path.cwd()), environ=environ)
+        said: dict[str, Any] = {"home": self.home, "mesh": self.mesh}
+        changes = {key: value for key, value in said.items() if value is not None}
+        origins = {**loaded.origins, **dict.fromkeys(changes, "command line")}
+        return replace(loaded, value=loaded.value.model_copy(update=changes), origins=origins)
 
     def with_json(self, wanted: bool) -> "State":
         """The same, for a command whose own `--json` was given."""
@@ -78,8 +122,9 @@ class State:
     def emit(self, document: Message | Mapping[str, Any] | Sequence[Any]) -> None:
         """Write a document for a script: JSON with the contract's own field names."""
         if isinstance(document, Message):
-            document = MessageToDict(document, preserving_proto_field_name=True)
+            document = as_document(document)
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_to_json) + "\n")
+        sys.stdout.flush()
 
     def table(self, columns: Iterable[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
         """Write a table for people, or one line when there is nothing to show."""
@@ -93,24 +138,12 @@ class State:
 
 
 def _to_json(value: object) -> object:
-    if isinstance(value, Message):
-        return MessageToDict(value, preserving_proto_field_name=True)
-    return str(value)
+    return as_document(value) if isinstance(value, Message) else str(value)
 
 
-def make_state(
-    *, config: Path | None, home: Path | None, mesh: str | None, as_json: bool, environ: Mapping[str, str] | None = None
-) -> State:
-    """Read the configuration and put what was said on the command line over it."""
-    loaded = load_settings(environ=environ, file=config)
-    changes: dict[str, Any] = {}
-    if home is not None:
-        changes["home"] = home
-    if mesh is not None:
-        changes["mesh"] = mesh
-    if changes:
-        loaded = replace(loaded, value=loaded.value.model_copy(update=changes))
-    return State(loaded, Console(highlight=False), Console(stderr=True, highlight=False), as_json)
+def as_document(message: Message) -> dict[str, Any]:
+    """A message as plain data with the contract's own field names; what is not set is left out."""
+    return MessageToDict(message, preserving_proto_field_name=True)
 
 
 def state_of(context: typer.Context) -> State:
@@ -136,20 +169,23 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except grpc.RpcError as error:
             raise typer.Exit(report(from_rpc_error(error))) from error
         except EsperError as error:
-            raise typer.Exit(report(error)) from error
+            # What we find wrong before anyone is asked is a matter of usage; the mesh's own refusals are RpcErrors.
+            code = ExitCode.USAGE if isinstance(error, InvalidInput) else None
+            raise typer.Exit(report(error, code)) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(ExitCode.INTERRUPTED) from error
 
     return guarded
 
 
-def report(error: EsperError) -> int:
-    """Write an error for people to standard error; return the exit code that goes with it."""
-    console = Console(stderr=True, highlight=False)
+def report(error: EsperError, code: int | None = None) -> int:
+    """Write an error for people to standard error; return the exit code, by default the one that goes with it."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("[bold red]error[/]", end=" ")
     console.print(f"{error.public} ({error.reason})", markup=False)
     for violation in error.violations:
-        console.print(f"  {violation.field}: {violation.description}", markup=False)
+        if violation.field not in error.public:  # a fault of the configuration stands in the sentence already
+            console.print(f"  {violation.field}: {violation.description}", markup=False)
     if error.retry_after_s is not None:
         console.print(f"  try again in {error.retry_after_s:g} s")
-    return _EXIT_CODES.get(error.code, ExitCode.REFUSED)
+    return _EXIT_CODES.get(error.code, ExitCode.REFUSED) if code is None else code

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Annotated
 
 import typer
@@ -90,6 +91,7 @@ def tail(
                 if not follow and seen >= expected:
                     break
         finally:
+            requests.end()
             call.cancel()
 
 
@@ -97,16 +99,21 @@ class _Requests(Iterator[oona_service_pb2.SubscribeRequest]):
     """What the command says on the stream: open, then credit for what it has shown."""
 
     def __init__(self, first: oona_service_pb2.SubscribeRequest) -> None:
-        from queue import SimpleQueue
-
-        self._queue: SimpleQueue[oona_service_pb2.SubscribeRequest] = SimpleQueue()
+        self._queue: SimpleQueue[oona_service_pb2.SubscribeRequest | None] = SimpleQueue()
         self._queue.put(first)
 
     def grant(self, credit: int) -> None:
         self._queue.put(oona_service_pb2.SubscribeRequest(credit=oona_service_pb2.SubscribeCredit(credit=credit)))
 
+    def end(self) -> None:
+        """Say no more: gRPC's thread that reads from here ends."""
+        self._queue.put(None)
+
     def __next__(self) -> oona_service_pb2.SubscribeRequest:
-        return self._queue.get()
+        request = self._queue.get()
+        if request is None:
+            raise StopIteration
+        return request
 
 
 def _payload(event: event_pb2.Event) -> object:

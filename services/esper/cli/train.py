@@ -1,26 +1,29 @@
 """`esper train`: start a run (or a comparison of runs), follow it, and end with a report."""
 
 import json
+import signal
 import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import grpc
 import typer
 
-from esper.cli.artifacts import fetch, fetch_all
+from esper.cli.artifacts import fetch_all
 from esper.cli.connection import Mesh, connect
-from esper.cli.live import FINAL_STATES, Board
+from esper.cli.live import FINAL_STATES, Board, state_name
 from esper.cli.report import print_comparison, print_run
 from esper.cli.runs import exit_code, follow
 from esper.cli.state import ExitCode, State, command, state_of
-from esper.mesh.errors import InvalidInput, from_rpc_error
+from esper.mesh.errors import InvalidInput, Unsupported, from_rpc_error
 from esper.v1 import tolaria_service_pb2
-from esper.v1.run_pb2 import ARM_GROWN, ARM_HOST, ARM_STATIC, Run, RunSpec, RunState
+from esper.v1.run_pb2 import ARM_GROWN, ARM_HOST, ARM_STATIC, Arm, Run, RunSpec, RunState
 
 __all__ = ["EXAMPLES", "train"]
 
@@ -28,7 +31,8 @@ EXAMPLES = (
     "Examples: esper train digits --compare | esper train digits --seed 3 --set schedule.epochs=20 | "
     "esper train cifar10 --data-dir cifar-10-batches-bin"
 )
-_REPORT_FILES = frozenset({"report.json", "lineage.json", "config.json"})
+_REPORT_FILES = frozenset({"report.json", "report.html"})
+_PAUSE_LIMIT_S = 60.0
 
 
 @dataclass
@@ -43,42 +47,66 @@ class _Session:
     group: str = ""
     started: dict[str, Run] = field(default_factory=dict)
 
-    def train(self, *, seed: int, arm: int, reference: str = "") -> Run:
-        """Start one run and follow it to its end."""
+    def start(self, *, seed: int, arm: Arm.ValueType, reference: str = "") -> str:
+        """Ask for a run; where the mesh has no room for another one yet, wait for it. Gives its id."""
         spec = RunSpec(recipe=self.recipe, seed=seed, arm=arm, reference_run_id=reference, group=self.group)
         spec.overrides.update(self.overrides)
         request = tolaria_service_pb2.StartRunRequest(spec=spec, request_id=str(uuid.uuid4()))
-        run = self.mesh.tolaria.StartRun(request, timeout=self.mesh.timeout).run
-        self.started[run.id] = run
-        self.started[run.id] = follow(self.mesh, run.id, self.board)
-        return self.started[run.id]
+        while True:
+            try:
+                run = self.mesh.tolaria.StartRun(request, timeout=self.mesh.timeout).run
+            except grpc.RpcError as error:
+                refusal = from_rpc_error(error)
+                if refusal.reason != "TOO_MANY_RUNS" or not self.started:
+                    raise
+                time.sleep(refusal.retry_after_s or 1.0)
+            else:
+                self.started[run.id] = run
+                return run.id
+
+    def follow(self, run_id: str) -> Run:
+        """Follow a run that was started to its end."""
+        self.started[run_id] = follow(self.mesh, run_id, self.board)
+        return self.started[run_id]
 
     def pause_all(self) -> None:
         """Pause what still runs, wait until it has stopped, and say how to go on; a second call finds nothing to do."""
-        paused = []
+        say = self.state.errors.print
+        asked = []
         for run in list(self.started.values()):
             if run.state in FINAL_STATES:
                 continue
+            request = tolaria_service_pb2.PauseRunRequest(run_id=run.id)
             try:
-                self.mesh.tolaria.PauseRun(
-                    tolaria_service_pb2.PauseRunRequest(run_id=run.id), timeout=self.mesh.timeout
+                self.mesh.tolaria.PauseRun(request, timeout=self.mesh.timeout)
+                asked.append(run.id)
+            except grpc.RpcError as error:  # it has just ended, or the mesh is gone: nothing to pause
+                say(f"{run.id} was not paused: {from_rpc_error(error).public}", markup=False, soft_wrap=True)
+        if asked:
+            say(f"pausing {len(asked)} run{'s' if len(asked) > 1 else ''} at the next step; Ctrl-C again does not wait")
+        for run_id in asked:
+            if self._has_stopped(run_id):
+                found = self.started[run_id]
+                say(
+                    f"{state_name(found)}; go on with: esper runs resume {run_id}"
+                    if found.state == RunState.RUN_STATE_PAUSED
+                    else f"{run_id} {state_name(found)}",
+                    markup=False,
+                    soft_wrap=True,
                 )
-                paused.append(run.id)
-            except grpc.RpcError:  # it has just ended, or the mesh is gone: nothing to pause
-                continue
-        for run_id in paused:
-            self._wait_until_stopped(run_id)
-            self.state.errors.print(f"paused; go on with: esper runs resume {run_id}", markup=False)
+            else:
+                say(f"{run_id} has not paused yet; look with: esper runs show {run_id}", markup=False, soft_wrap=True)
 
-    def _wait_until_stopped(self, run_id: str, limit_s: float = 30.0) -> None:
-        deadline = time.monotonic() + limit_s
+    def _has_stopped(self, run_id: str) -> bool:
+        deadline = time.monotonic() + _PAUSE_LIMIT_S
         request = tolaria_service_pb2.GetRunRequest(run_id=run_id)
         while time.monotonic() < deadline:
             run = self.mesh.tolaria.GetRun(request, timeout=self.mesh.timeout).run
             if run.state in FINAL_STATES:
                 self.started[run_id] = run
-                return
+                return True
             time.sleep(0.1)
+        return False
 
 
 @command
@@ -90,7 +118,6 @@ def train(
         bool, typer.Option("--compare", help="Train the host without growth and a static net of the final size too.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="With --compare: how many seeds.")] = 3,
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="With --compare: runs at one time.")] = 2,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,
@@ -100,87 +127,107 @@ def train(
 ) -> None:
     """Train a recipe, growing the network while it trains.
 
-    Uses the mesh that runs on --home or at --mesh, else starts one for as long as the training lasts. Ctrl-C pauses the
-    run at its next step; 'esper runs resume' goes on with it.
+    Uses the mesh that runs on --home or at --mesh, else starts one for as long as the training lasts; the mesh decides
+    how many runs train at one time (tolaria.max_parallel_runs). Ctrl-C pauses the run at its next step; 'esper runs
+    resume' goes on with it.
     """
     state = state_of(context).with_json(as_json)
     overrides = parse_overrides(settings or ())
     if data_dir is not None:
         overrides["data.dir"] = str(data_dir.absolute())
     board = Board(state.errors if state.json else state.console)
-    with connect(state, start=True) as mesh, board:
+    with _terminated_like_interrupted(), connect(state, start=True) as mesh:
         session = _Session(state, mesh, board, recipe, overrides)
         try:
-            if compare:
-                ended = _compare(session, range(seed, seed + seeds), parallel, report_dir)
-            else:
-                ended = _single(session, seed, report_dir)
+            with board:
+                runs = _compare(session, range(seed, seed + seeds)) if compare else _single(session, seed)
         except KeyboardInterrupt:
             session.pause_all()
             raise
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        ended = _tell_failures(state, runs)
+        if ended == ExitCode.OK:
+            folder = report_dir or state.settings.home / "reports" / (session.group or runs[0].id)
+            _report(session, runs, folder)
     raise typer.Exit(ended)
 
 
-def _single(session: _Session, seed: int, report_dir: Path | None) -> int:
-    run = session.train(seed=seed, arm=ARM_GROWN)
-    if run.state != RunState.RUN_STATE_SUCCEEDED:
-        session.state.errors.print(f"run {run.id} {RunState.Name(run.state)[10:].lower()}: {run.error}", markup=False)
-        return exit_code(run)
-    folder = report_dir or session.state.settings.home / "reports" / run.id
-    fetch_all(session.mesh, run.id, folder, names=_REPORT_FILES | {"report.html"})
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if session.state.json:
-        session.state.emit(report)
-    else:
-        print_run(session.state.console, report, folder / "report.html")
-    return ExitCode.OK
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal, pause the runs as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _compare(session: _Session, seeds: Sequence[int], parallel: int, report_dir: Path | None) -> int:
+def _single(session: _Session, seed: int) -> list[Run]:
+    return [session.follow(session.start(seed=seed, arm=ARM_GROWN))]
+
+
+def _compare(session: _Session, seeds: Sequence[int]) -> list[Run]:
     session.group = f"{session.recipe}-{uuid.uuid4().hex[:8]}"
-    with ThreadPoolExecutor(parallel, thread_name_prefix="follow") as pool:
-        try:
-            # The grown runs first: their static twins need to know what grew.
-            grown = {seed: pool.submit(session.train, seed=seed, arm=ARM_GROWN) for seed in seeds}
-            hosts = [pool.submit(session.train, seed=seed, arm=ARM_HOST) for seed in seeds]
-            static = [pool.submit(_static_twin, session, seed, grown[seed]) for seed in seeds]
-            runs = [future.result() for future in (*grown.values(), *hosts, *static)]
-        except KeyboardInterrupt:
-            # The threads end when their runs do; leaving the block would wait for that.
-            pool.shutdown(wait=False, cancel_futures=True)
-            session.pause_all()
-            raise
-    failed = [run for run in runs if run.state != RunState.RUN_STATE_SUCCEEDED]
-    for run in failed:
-        session.state.errors.print(f"run {run.id} {RunState.Name(run.state)[10:].lower()}: {run.error}", markup=False)
-    if failed:
-        return ExitCode.FAILED
-    folder = report_dir or session.state.settings.home / "reports" / session.group
-    report = _write_comparison(session, runs, folder)
-    if session.state.json:
-        session.state.emit(report)
+    # Followers wait, they do not work: one thread for each run costs little.
+    pool = ThreadPoolExecutor(3 * len(seeds), thread_name_prefix="follow")
+    try:
+        # All are asked for at once, the grown ones first: the mesh lets the static twins wait for what grew.
+        ids = [session.start(seed=seed, arm=ARM_GROWN) for seed in seeds]
+        followers = [pool.submit(session.follow, run_id) for run_id in ids]
+        for seed, run_id in zip(seeds, tuple(ids), strict=True):
+            for arm, reference in ((ARM_HOST, ""), (ARM_STATIC, run_id)):
+                other = session.start(seed=seed, arm=arm, reference=reference)
+                followers.append(pool.submit(session.follow, other))
+        return [follower.result() for follower in followers]
+    finally:
+        # Not waited for: after an interrupt they end when the channel closes.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _tell_failures(state: State, runs: Sequence[Run]) -> int:
+    """Name the runs that did not succeed; gives the exit code."""
+    unfinished = [run for run in runs if run.state != RunState.RUN_STATE_SUCCEEDED]
+    for run in unfinished:
+        state.errors.print(f"run {run.id} {state_name(run)}: {run.error}".rstrip(": "), markup=False, soft_wrap=True)
+        if run.state == RunState.RUN_STATE_PAUSED:
+            state.errors.print(f"go on with: esper runs resume {run.id}", markup=False, soft_wrap=True)
+    return max((exit_code(run) for run in unfinished), default=ExitCode.OK) if unfinished else ExitCode.OK
+
+
+def _report(session: _Session, runs: Sequence[Run], folder: Path) -> None:
+    state = session.state
+    if any(run.state != RunState.RUN_STATE_SUCCEEDED for run in runs):
+        return  # paused by somebody else: there is nothing to report yet
+    if session.group:
+        _write_comparison(session, runs, folder)
     else:
-        print_comparison(session.state.console, report, folder / "report.html")
-    return ExitCode.OK
+        fetch_all(session.mesh, runs[0].id, folder, names=_REPORT_FILES)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if state.json:
+        state.emit(report)
+        return
+    show = print_comparison if session.group else print_run
+    show(state.console, report, folder / "report.html")
 
 
-def _static_twin(session: _Session, seed: int, grown: Future[Run]) -> Run:
-    return session.train(seed=seed, arm=ARM_STATIC, reference=grown.result().id)
-
-
-def _write_comparison(session: _Session, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
-    from esper.tolaria.report import write_comparison
-
-    run_dirs = []
-    for run in runs:
-        run_dirs.append(folder / "runs" / run.id)
-        for name in sorted(_REPORT_FILES):
-            fetch(session.mesh, run.id, name, run_dirs[-1])
+def _write_comparison(session: _Session, runs: Sequence[Run], folder: Path) -> None:
+    """Fetch the report of each run and set them side by side here: the mesh may be on another machine."""
+    try:
+        from esper.tolaria.report import write_comparison
+    except ImportError as error:
+        raise Unsupported(
+            f"the comparison of {len(runs)} runs needs the extra 'train' (pip install 'esper[train]'): "
+            f"found no {error.name}"
+        ) from error
+    run_dirs = [folder / "runs" / run.id for run in runs]
+    for run, run_dir in zip(runs, run_dirs, strict=True):
+        fetch_all(session.mesh, run.id, run_dir, names=_REPORT_FILES)
     write_comparison(run_dirs, folder)
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return report
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
