@@ -84,7 +84,7 @@ def from_bundle(kernel_id: str, bundle: bytes) -> BlueprintModule:
 
 
 def attach(host: nn.Module, site: Site, module: nn.Module, alpha: float = 1.0) -> list[RemovableHandle]:
-    """Add `module` at a site of `host` by hooks; the host's own modules, keys and order of parameters stay as they are."""
+    """Add `module` at a site of `host` by hooks; the host's own modules, keys and parameters stay as they are."""
     target = host.get_submodule(site.target)
     held: list[Tensor] = []
 
@@ -113,7 +113,9 @@ def attach(host: nn.Module, site: Site, module: nn.Module, alpha: float = 1.0) -
 
 
 class Grown(nn.Module):
-    """A host and what grew in it as one ordinary module, in plain torch: state under ``host.`` and ``grown.seed<index>.``.
+    """A host and what grew in it as one ordinary module, in plain torch.
+
+    Its state stands under ``host.`` and ``grown.seed<index>.``.
 
     Args:
         host: without hooks of its own; taken over, not copied.

@@ -1,11 +1,13 @@
 """Checkpoints: everything that decides how a run goes on, in folders that are whole or not there.
 
-A checkpoint is a folder ``b<boundary>-s<step>`` with ``state.pt`` (nested dictionaries of tensors and scalars, read back with
-``weights_only=True``), the bundles of the kernels in use, and ``manifest.json`` with the digest of each file. It is written
-under another name, flushed and renamed; a torn or altered one is skipped on reading, and the one before it is taken.
+A checkpoint is a folder ``b<boundary>-s<step>`` with ``state.pt`` (nested dictionaries of tensors and scalars, read
+back with ``weights_only=True``), the bundles of the kernels in use, and ``manifest.json`` with the digest of each
+file. It is written under another name, flushed and renamed; a torn or altered one is skipped on reading, and the one
+before it is taken.
 
 The training thread only copies tensors (`Snapshot`); `CheckpointWriter` writes from a thread of its own, newest first:
-training never waits for a disk. Losing a checkpoint costs time, not exactness: a resume repeats the steps since the last.
+training never waits for a disk. Losing a checkpoint costs time, not exactness: a resume repeats the steps since the
+last.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ class CheckpointStore:
         return target
 
     def _kernel(self, staged: Path, kernel_id: str) -> dict[str, Any]:
-        """Keep bundle and verdict of a kernel, linked from an earlier checkpoint where there is one: kernels never change."""
+        """Keep bundle and verdict of a kernel, linked from an earlier checkpoint: kernels never change."""
         names = [kernel_id.removeprefix("sha256:") + suffix for suffix in (_BUNDLE, _VERDICT)]
         for known in reversed(self.names()):
             if all((self._folder / known / name).is_file() for name in names):

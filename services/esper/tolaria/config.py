@@ -1,4 +1,4 @@
-"""The full configuration of one training run: frozen dataclasses, every field documented, faults told in full sentences.
+"""The full configuration of one training run: frozen dataclasses, each field documented, faults told in sentences.
 
 A recipe returns a `RunConfig`; a user changes fields of it by dotted path (`overrides.apply`). It is written to
 ``config.json`` of the run and read back by the training process::
@@ -51,7 +51,7 @@ def _at_least(value: float, least: float, path: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigitsData:
-    """scikit-learn's bundled 1,797 images of digits, 8 x 8 pixels, cut into three parts with equal shares of each class."""
+    """scikit-learn's bundled 1,797 images of digits, 8 x 8 pixels, in three parts with equal shares of each class."""
 
     kind: Literal["digits"] = "digits"
     """Which data; constant."""
@@ -74,7 +74,8 @@ class DigitsData:
         total = self.validation_fraction + self.test_fraction
         _need(
             total < 0.9,
-            f"data: validation_fraction and test_fraction must leave at least a tenth for training, found {total:.2f} in all",
+            "data: validation_fraction and test_fraction must leave at least a tenth for training, found "
+            f"{total:.2f} in all",
             "data.test_fraction",
         )
         _batches(self.batch_size, self.eval_batch_size)
@@ -87,7 +88,7 @@ class DigitsData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StdlibData:
-    """The source text of the Python standard library of the interpreter that trains, as bytes; files are split by path."""
+    """The source of the Python standard library of the interpreter that trains, as bytes; files are split by path."""
 
     kind: Literal["stdlib"] = "stdlib"
     """Which data; constant."""
@@ -122,7 +123,7 @@ class StdlibData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cifar10Data:
-    """CIFAR-10 in its binary format (``cifar-10-batches-bin``): five training files and one test file, 32 x 32 colour."""
+    """CIFAR-10 in its binary format (``cifar-10-batches-bin``): five training files and a test file, 32 x 32 colour."""
 
     kind: Literal["cifar10"] = "cifar10"
     """Which data; constant."""
@@ -313,12 +314,12 @@ class GrowthConfig:
     probation_boundaries: int = 2
     """Boundaries that a module must train on the task before it may be kept for good: about two epochs."""
     price_per_million_parameters: float = 0.1
-    """Validation loss, in nats, that a module of a million parameters must be worth to be kept; smaller ones in proportion."""
+    """Validation loss, in nats, that a million parameters must be worth to be kept; smaller modules in proportion."""
     watch_steps: int = 200
     """Optimizer steps after a graft in which a loss spike takes the module out and puts the host back."""
     static_learning_rate_scale: float = 0.0
-    """For the STATIC arm: rate of the modules over the host's for as long as they were newborns in the reference run. 0 takes
-    the scale that each of them had there."""
+    """For the STATIC arm: rate of the modules over the host's for as long as they were newborns in the reference run.
+    0 takes the scale that each of them had there."""
 
     def __post_init__(self) -> None:
         _at_least(self.parameter_budget, 0, "growth.parameter_budget")

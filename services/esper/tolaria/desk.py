@@ -1,7 +1,7 @@
 """The training process's desk: words from the service come in, status and events go out, all on a thread of its own.
 
-The training thread sets and reads plain attributes; files are touched by the desk's thread only. Status is coalesced (the
-newest counts), events are kept until written, up to a bound.
+The training thread sets and reads plain attributes; files are touched by the desk's thread only. Status is coalesced
+(the newest counts), events are kept until written, up to a bound.
 """
 
 from __future__ import annotations

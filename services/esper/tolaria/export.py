@@ -6,8 +6,8 @@
     export/model.safetensors    the same weights by name: host.*, grown.seed<index>.*
     export/lineage.json         every adaptation, kernel digest and decision, with its explanation
 
-What is exported runs the blueprints in plain torch; compiled kernels agree with it up to rounding, which is checked here on
-validation data before anything is written.
+What is exported runs the blueprints in plain torch; compiled kernels agree with it up to rounding, which is checked
+here on validation data before anything is written.
 """
 
 from __future__ import annotations

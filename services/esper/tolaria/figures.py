@@ -1,7 +1,7 @@
 """Plots of the reports as inline SVG that is readable on light and on dark pages.
 
-Lines and texts take the page's colour (``currentColor``); only data has colours of its own, chosen to be told apart on both
-grounds and by people who do not see all colours.
+Lines and texts take the page's colour (``currentColor``); only data has colours of its own, chosen to be told apart
+on both grounds and by people who do not see all colours.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def size_figure(history: Sequence[Mapping[str, Any]], growth: Sequence[Mapping[s
 
 
 def arms_figure(arms: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
-    """Validation accuracy and loss of every run, one colour per arm; `arms` maps an arm to the histories of its runs."""
+    """Validation accuracy and loss of every run, one colour per arm; `arms` maps an arm to its runs' histories."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8, 3.4))
         left, right = figure.subplots(1, 2)

@@ -1,7 +1,7 @@
-"""Floating-point operations of a run, by the usual count: matrix products and convolutions, 2 operations per multiply-add.
+"""Floating-point operations of a run: matrix products and convolutions, 2 operations per multiply-add.
 
-A backward pass counts as two forwards. Validation, probes and counterfactuals count as forwards. What a module that grew
-costs counts from the step at which it appears, whether it stays or is culled.
+A backward pass counts as two forwards. Validation, probes and counterfactuals count as forwards. What a module that
+grew costs counts from the step at which it appears, whether it stays or is culled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The network of a run behind one face: the host alone, the host with modules from step 0, or the host with seeds.
 
-The trainer knows `Network` only. Whatever grows, the optimizer holds every trainable parameter in exactly one group, groups
-carry their rate relative to the host's, and the state of everything goes through `state_dict`.
+The trainer knows `Network` only. Whatever grows, the optimizer holds every trainable parameter in exactly one group,
+groups carry their rate relative to the host's, and the state of everything goes through `state_dict`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Network:
         return forward_flops(self.model, sample)
 
     def set_rate(self, rate: float, step: int) -> None:  # noqa: ARG002  # for what grows
-        """Set the host's learning rate for the next step, counted from 0; every other group follows it in its own way."""
+        """Set the host's learning rate for the next step, counted from 0; every other group follows in its own way."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -169,8 +169,8 @@ class HostNetwork(Network):
 class StaticNetwork(Network):
     """The host with the modules of a grown run from step 0, born as they were born there: same parameters, zero output.
 
-    A module learns at its newborn's rate for as many steps as the newborn did in the grown run, without weight decay; then
-    rate and decay go to the host's within `MERGE_STEPS`, as they did there.
+    A module learns at its newborn's rate for as many steps as the newborn did in the grown run, without weight decay;
+    then rate and decay go to the host's within `MERGE_STEPS`, as they did there.
 
     Args:
         config: the run.

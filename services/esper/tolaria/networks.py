@@ -73,7 +73,8 @@ def write_modules(
         fetched = bundle(attached.kernel_id)
         if fetched is None:
             raise NotFound(
-                f"kernel {attached.kernel_id} at {attached.site.descriptor.name}: expected its bundle in the kernel cache, "
+                f"kernel {attached.kernel_id} at {attached.site.descriptor.name}: expected its bundle in the "
+                "kernel cache, "
                 "found none",
                 reason="KERNEL_NOT_FOUND",
                 metadata={"kernel_id": attached.kernel_id},

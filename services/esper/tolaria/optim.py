@@ -39,7 +39,7 @@ def total_steps(config: ScheduleConfig, steps_per_epoch: int) -> int:
 
 
 def rate_at(step: int, total: int, config: ScheduleConfig) -> float:
-    """Factor on the host's learning rate for the `step`-th step of `total`, counted from 0: warm-up, 1, linear decay."""
+    """Factor on the learning rate for the `step`-th step of `total`, counted from 0: warm-up, 1, linear decay."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     start = config.decay_start * total
     if step < start:

@@ -1,9 +1,9 @@
 """Runs from request to end: queue, processes, pauses, resumes, watchers. Pure logic over a store and processes.
 
-Runs wait in the order in which they were asked for; at most `max_parallel` train at one time. A STATIC run waits until the run
-that it refers to has finished. A process tells what it does in its folder; the supervisor looks there a few times a
-second, tells watchers what is new, notices processes that are gone, and starts the next in the queue. Stopping the service
-stops no training: the next service finds the processes again.
+Runs wait in the order in which they were asked for; at most `max_parallel` train at one time. A STATIC run waits
+until the run that it refers to has finished. A process tells what it does in its folder; the supervisor looks there a
+few times a second, tells watchers what is new, notices processes that are gone, and starts the next in the queue.
+Stopping the service stops no training: the next service finds the processes again.
 """
 
 from __future__ import annotations
@@ -138,21 +138,24 @@ class Orchestrator:
             find_cifar10(config.data.dir)
         if (spec.arm is Arm.STATIC) != bool(spec.reference_run_id):
             raise Conflict(
-                f"arm {spec.arm.value} with reference_run_id {spec.reference_run_id!r}: a static run needs one, no other takes one",
+                f"arm {spec.arm.value} with reference_run_id {spec.reference_run_id!r}: a static run needs "
+                "one, no other takes one",
                 reason="REFERENCE_WRONG",
             )
         if spec.arm is Arm.STATIC:
             reference = self.store.record(spec.reference_run_id)
             if reference.spec.arm is not Arm.GROWN or reference.spec.recipe != spec.recipe:
                 raise Conflict(
-                    f"run {reference.id}: expected a grown run of recipe {spec.recipe}, found a {reference.spec.arm.value} run of "
+                    f"run {reference.id}: expected a grown run of recipe {spec.recipe}, found a "
+                    f"{reference.spec.arm.value} run of "
                     f"{reference.spec.recipe}",
                     reason="REFERENCE_NOT_GROWN",
                 )
         waiting = sum(1 for _ in self._queue())
         if waiting >= self._limits.max_queued:
             raise LimitExceeded(
-                f"{waiting} runs are waiting already, the most that this service takes: wait for one to end, or stop one",
+                f"{waiting} runs are waiting already, the most that this service takes: wait for one to end, "
+                "or stop one",
                 reason="TOO_MANY_RUNS",
                 retry_after_s=10.0,
                 metadata={"waiting": str(waiting)},
@@ -218,7 +221,8 @@ class Orchestrator:
         have = sorted({int(name[1:].split("-")[0]) for name in names})
         if boundary not in have:
             raise NotFound(
-                f"run {run_id} has no checkpoint of boundary {boundary}: expected one of {', '.join(map(str, have)) or 'none'}",
+                f"run {run_id} has no checkpoint of boundary {boundary}: expected one of "
+                f"{', '.join(map(str, have)) or 'none'}",
                 reason="CHECKPOINT_NOT_FOUND",
                 metadata={"boundary": str(boundary)},
             )
@@ -296,7 +300,7 @@ class Orchestrator:
         while not drain.is_set():
             try:
                 await asyncio.to_thread(self.look)
-            except Exception:  # whatever is wrong with one look, the next one must still happen
+            except Exception:  # noqa: BLE001  # whatever is wrong with one look, the next one must still happen
                 _log.exception("supervisor could not look after the runs")
             waiting = asyncio.ensure_future(self._look_now.wait())
             sleeping = asyncio.ensure_future(sleep_or_drain(self._limits.look_every_s, drain))
@@ -342,7 +346,8 @@ class Orchestrator:
         return self._settle(
             record,
             RunState.INTERRUPTED,
-            f"the training process ended without a word at about {at} (killed, out of memory, or the machine went down); "
+            f"the training process ended without a word at about {at} (killed, out of memory, or the machine "
+            "went down); "
             "ResumeRun goes on from the last checkpoint, log.txt may tell more",
         )
 
@@ -389,7 +394,8 @@ class Orchestrator:
             self._settle(
                 record,
                 RunState.FAILED,
-                f"run {reference.record.id}, whose modules this run takes, has {reference.state.value}: expected it to succeed",
+                f"run {reference.record.id}, whose modules this run takes, has {reference.state.value}: "
+                "expected it to succeed",
             )
         return False
 

@@ -48,7 +48,8 @@ def apply(config: RunConfig, overrides: Mapping[str, object]) -> RunConfig:
     """Change fields by dotted path (``{"schedule.epochs": 10}``); all at once, so cross-field checks see the whole.
 
     Raises:
-        InvalidInput: OVERRIDE_UNKNOWN for a path that does not exist (its neighbours are listed), OVERRIDE_INVALID for a
+        InvalidInput: OVERRIDE_UNKNOWN for a path that does not exist (its neighbours are listed), OVERRIDE_INVALID
+        for a
             value of another type, for a value out of bounds, and for fields that do not go together.
     """
     data = encode(config)

@@ -1,7 +1,7 @@
 """Training processes: started in sessions of their own, found again after a restart, told apart from strangers.
 
-A process is known by its number and its start time, because numbers are used again. Those that we started are our children
-and must be reaped; those that an earlier service started are not, and are only looked at.
+A process is known by its number and its start time, because numbers are used again. Those that we started are our
+children and must be reaped; those that an earlier service started are not, and are only looked at.
 """
 
 from __future__ import annotations

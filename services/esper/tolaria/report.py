@@ -33,11 +33,14 @@ ARMS = {
 }
 """The arms of a comparison, in the order in which they are shown."""
 _NOTES = {
-    "grown": "starts as the host; modules are added while it trains, and stay only where a counterfactual on validation data "
+    "grown": "starts as the host; modules are added while it trains, and stay only where a counterfactual on "
+    "validation data "
     "says that they pay.",
     "host": "the same initial weights, the same batches, the same schedule; nothing grows. It spends fewer operations.",
-    "static": "the same host and initial weights with the modules that stayed in the grown run of the same seed, there from "
-    "step 0, born with the same parameters and zero output, trained at the newborns' rate for as long as the newborns were, "
+    "static": "the same host and initial weights with the modules that stayed in the grown run of the same "
+    "seed, there from "
+    "step 0, born with the same parameters and zero output, trained at the newborns' rate for as long as the "
+    "newborns were, "
     "then at the host's. It knows in advance what to grow, which no real run does.",
 }
 _METRICS = ("test_accuracy", "test_loss", "final_parameters", "training_flops", "training_time_s")

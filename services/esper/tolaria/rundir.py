@@ -173,7 +173,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:
-        """Be the only process that works on the run; false where another one does. Let go of by the system at our end."""
+        """Be the only process that works on the run; false where another one does. Ends with the process."""
         descriptor = os.open(self.path / "process.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:

@@ -227,8 +227,8 @@ class SeededNetwork(Network):
     def _load_ahead(self, kernels: tuple[str, ...], leave: Callable[[], bool]) -> None:
         """Have the fitting kernels in memory before the first step.
 
-        Not for speed: a kernel that is there is taken in at the boundary after its germination, however fast epochs pass on
-        this machine, so that equal runs take equal decisions.
+        Not for speed: a kernel that is there is taken in at the boundary after its germination, however fast epochs
+        pass on this machine, so that equal runs take equal decisions.
         """
         if self._plane is None or not kernels:
             return
@@ -257,7 +257,7 @@ class SeededNetwork(Network):
         return self._disk.read(kernel_id) if self._disk is not None else None
 
     def _kernel_from(self, bundles: Mapping[str, Fetched]) -> Callable[[str], KernelLike | None]:
-        """Kernels of a checkpoint, verified by the keys that the library named when the run began; else from the mesh."""
+        """Kernels of a checkpoint, verified by the keys that the library named when the run began."""
 
         def find(kernel_id: str) -> KernelLike | None:
             fetched, trust = bundles.get(kernel_id), TrustStore(self._trust.keys)
@@ -284,7 +284,8 @@ class SeededNetwork(Network):
 
     def load_state_dict(self, state: Mapping[str, Any], bundles: Mapping[str, Fetched]) -> None:
         """See `Network`."""
-        self._trust = Trust.from_document(state["trust"])
+        # What the library says now, revocations included, is better than what it said when the run began.
+        self._trust = self._trust if self._trust.keys else Trust.from_document(state["trust"])
         self._isolation_flops = state["isolation_flops"]
         self.growth.load_state_dict(state["growth"], kernels=self._kernel_from(bundles))
         super().load_state_dict(state, bundles)

@@ -36,13 +36,13 @@ class Config(Section):
     """Seconds that a process gets to save itself after StopRun, before it is killed."""
 
     trainer_token: SecretStr | None = None
-    """Identity token that training processes call the mesh with. Without one they call as clients of this machine, which
-    needs `auth.anonymous_role = "client"`."""
+    """Identity token that training processes call the mesh with. Without one they call as clients of this machine,
+    which needs `auth.anonymous_role = "client"`."""
 
 
 class TolariaService(Service):
-    """Starts and follows training processes. They outlive it: a clean drain leaves them running, and the next service on
-    the same data directory finds them again."""  # noqa: D205, D209
+    """Starts and follows training processes. They outlive it: a clean drain leaves them running, and the next service
+    on the same data directory finds them again."""  # noqa: D205, D209
 
     name = "tolaria"
     grpc_service_names = (_NAME,)

@@ -109,7 +109,7 @@ class TolariaServicer(TolariaServiceServicer):
     async def DownloadArtifact(
         self, request: pb.DownloadArtifactRequest, context: _Context
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
-        """See the contract. What was there when the download began is sent; a file that grows meanwhile is cut there."""
+        """See the contract. What was there when the download began is sent; what a file grows meanwhile is not."""
         run_dir = self._orchestrator.store.run_dir(request.run_id)
         sizes = dict(await asyncio.to_thread(run_dir.artifacts))
         if request.name not in sizes:  # also refuses every path that leads out of the folder

@@ -122,7 +122,7 @@ class RunStore:
     def page(
         self, *, size: int, before: tuple[datetime, str] | None, wanted: Callable[[View], bool]
     ) -> tuple[list[View], tuple[datetime, str] | None]:
-        """Runs that are `wanted`, newest first, older than `before`; and where the next page begins, None at the end."""
+        """Runs that are `wanted`, newest first, older than `before`; where the next page begins, None at the end."""
         found: list[View] = []
         for record in reversed(self.records()):
             if before is not None and _key(record) >= before:

@@ -1,4 +1,4 @@
-"""What is minimised and what is reported: cross-entropy over classes or over the next byte, and the share of right answers.
+"""What is minimised and what is reported: cross-entropy over classes or bytes, and the share of right answers.
 
 Shapes: logits_NK with targets_N, or logits_NTV with targets_NT.
 """

@@ -7,9 +7,9 @@
         at a boundary: validate -> growth.boundary() -> history -> checkpoint
         asked to pause or stop -> checkpoint -> leave
 
-Everything that decides the next step is in the snapshot; the position in the data is the step count. The loop touches no
-disk and no network: checkpoints, status and events are handed to threads of their own, and growth's control plane answers
-within its deadline or not at all.
+Everything that decides the next step is in the snapshot; the position in the data is the step count. The loop touches
+no disk and no network: checkpoints, status and events are handed to threads of their own, and growth's control plane
+answers within its deadline or not at all.
 """
 
 from __future__ import annotations

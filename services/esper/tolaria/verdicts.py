@@ -24,10 +24,12 @@ def run_verdict(report: Mapping[str, Any]) -> str:
     if not growth:
         return f"Nothing grew: {reached} with the host's {result['host_parameters']} parameters."
     if not kept:
-        return f"Nothing that grew was kept ({len(growth)} tried): {reached} with the host's {result['host_parameters']} parameters."
+        tried = f"Nothing that grew was kept ({len(growth)} tried)"
+        return f"{tried}: {reached} with the host's {result['host_parameters']} parameters."
     names = ", ".join(f"{seed['blueprint_name']} at {seed['site']}" for seed in kept)
     return (
-        f"{len(kept)} of {len(growth)} seeds stayed ({names}): from {size}, {reached}. Whether growth paid is only told beside "
+        f"{len(kept)} of {len(growth)} seeds stayed ({names}): from {size}, {reached}. Whether growth paid is "
+        "only told beside "
         "the same host without it: use --compare."
     )
 
@@ -59,7 +61,8 @@ def comparison_verdict(report: Mapping[str, Any]) -> tuple[bool, str]:
             f" ({static['reads']})."
         )
     if accuracy["pairs"] < 10:
-        sentence += f" {accuracy['pairs']} seed{'s' if accuracy['pairs'] != 1 else ''} {'are' if accuracy['pairs'] != 1 else 'is'} few: take ten or more for a claim."
+        few = "1 seed is" if accuracy["pairs"] == 1 else f"{accuracy['pairs']} seeds are"
+        sentence += f" {few} few: take ten or more for a claim."
     return pays, sentence
 
 

@@ -185,15 +185,16 @@ class Session:
                 command=lambda: self.desk.command,
                 sequence=self._sequence,
             )
+            # Also before a resume: kernels that were at hand then must be at hand now, or decisions would differ.
+            self._prepare(network)
             if snapshot is not None:
                 trainer.restore(snapshot)
                 self.desk.event("resumed", boundary=snapshot.boundary, step=snapshot.step)
-            else:
-                self._prepare(network)
             self._state = RunState.RUNNING
             try:
                 return trainer, trainer.run()
             except Unstable as fault:
+                network.close()
                 return trainer, self._roll_back(config, fault)
         except BaseException:
             network.close()
@@ -214,7 +215,8 @@ class Session:
         _log.warning("host unstable: rolled back", step=fault.step, to_step=fault.snapshot.step, count=count)
         if count > config.guard.max_rollbacks:
             raise InternalError(
-                f"{fault}: rolled back {config.guard.max_rollbacks} times (guard.max_rollbacks) and became unstable again; "
+                f"{fault}: rolled back {config.guard.max_rollbacks} times (guard.max_rollbacks) and became "
+                "unstable again; "
                 "lower optimizer.learning_rate or set optimizer.clip_norm",
                 reason="RUN_UNSTABLE",
             )

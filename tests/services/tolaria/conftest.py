@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,7 +23,11 @@ from esper.tolaria import recipes
 from esper.tolaria.core import Arm, RunRecord, RunSpec
 from esper.tolaria.overrides import apply
 from esper.tolaria.rundir import RunDir
-from esper.tolaria.worker import Launch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from esper.tolaria.worker import Launch
 
 SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 SHORT = {"schedule.epochs": 3, "control.prepare_wait_s": 0, "artifacts.export": False, "artifacts.html": False}
@@ -44,7 +48,11 @@ def torch_as_before() -> Iterator[None]:
 def signed(key: SigningKey, kernel_id: str, *, passed: bool = True) -> SignedVerdict:
     """A verdict as the gauntlet would sign it."""
     statement = Statement(
-        kernel_id=kernel_id, passed=passed, target="any", gauntlet_version="test", issued_at=datetime(2026, 11, 23, tzinfo=UTC)
+        kernel_id=kernel_id,
+        passed=passed,
+        target="any",
+        gauntlet_version="test",
+        issued_at=datetime(2026, 11, 23, tzinfo=UTC),
     )
     return key.sign(statement)
 
@@ -64,7 +72,9 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def make_run(tmp_path: Path):
     """Write the folder of a run as the service does."""
 
-    def make(name: str = "digits-1", *, arm: Arm = Arm.HOST, reference: str = "", seed: int = 0, **overrides: object) -> RunDir:
+    def make(
+        name: str = "digits-1", *, arm: Arm = Arm.HOST, reference: str = "", seed: int = 0, **overrides: object
+    ) -> RunDir:
         run_dir = RunDir(tmp_path / "runs" / name)
         run_dir.path.mkdir(parents=True)
         now = datetime.now(UTC)

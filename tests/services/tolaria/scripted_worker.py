@@ -25,7 +25,7 @@ from esper.tolaria.worker import Launch, Session
 
 
 class ScriptedPlane(LocalPlane):
-    """Follows ``{"kernel_id", "germinate": boundary, "site", "fossilize": bool, "cull": boundary, "silent": [boundaries]}``."""
+    """Follows a plan: kernel_id, site, germinate and cull (boundaries), fossilize (bool), silent (boundaries)."""
 
     def __init__(self, plan: dict[str, Any], cache_dir: str) -> None:
         kernels = {}

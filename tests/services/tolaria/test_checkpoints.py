@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,12 +17,17 @@ from esper.tolaria.checkpoints import CheckpointStore, CheckpointWriter, Snapsho
 from esper.tolaria.randomness import random_state, restore_random_state, seed_everything
 from tests.services.tolaria.conftest import signed
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 KERNEL = "sha256:" + "ab" * 32
 
 
 def snapshot(boundary: int, step: int = 0, **extra) -> Snapshot:
     """A small one."""
-    return Snapshot(boundary=boundary, step=step, state={"x": torch.full((3,), float(boundary)), "t": (1, "a", b"z")}, **extra)
+    return Snapshot(
+        boundary=boundary, step=step, state={"x": torch.full((3,), float(boundary)), "t": (1, "a", b"z")}, **extra
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -192,8 +197,8 @@ def test_random_states_travel_through_a_checkpoint(tmp_path: Path):
     seed_everything(7)
     store = CheckpointStore(tmp_path, 1)
     store.write(Snapshot(boundary=0, step=0, state=random_state()))
-    drawn = (random.random(), np.random.random(), torch.rand(3))
+    drawn = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002  # the global one is meant
     restore_random_state(store.load().state)
-    again = (random.random(), np.random.random(), torch.rand(3))
+    again = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002  # likewise
     assert drawn[:2] == again[:2]
     assert torch.equal(drawn[2], again[2])

@@ -121,7 +121,7 @@ def test_a_missing_required_field_is_named():
 
 @given(st.integers(1, 10**6), st.floats(1e-6, 10), st.booleans(), st.lists(st.text(max_size=8), max_size=4))
 def test_any_lawful_override_survives_the_round_trip(epochs, rate, flag, names):
-    """encode and decode are inverse over the space of configurations."""
+    """Encode and decode are inverse over the space of configurations."""
     changes = {
         "schedule.epochs": epochs,
         "optimizer.learning_rate": rate,

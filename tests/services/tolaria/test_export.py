@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from esper.kasmina.control import SiteDescriptor, SiteKind
 from esper.kasmina._ports import Port
+from esper.kasmina.control import SiteDescriptor, SiteKind
 from esper.kasmina.signature import Layout, Signature
 from esper.kasmina.sites import Site
 from esper.mesh.errors import Corrupt, InternalError
@@ -58,7 +58,11 @@ def test_the_export_predicts_identically_where_esper_cannot_be_imported(make_run
         y = torch.export.load(run_dir.export / "model.pt2").module()(x)
     torch.save({"x": x, "y": y}, run_dir.export / "given.pt")
     child = subprocess.run(
-        [sys.executable, "-c", FOREIGN, str(run_dir.export)], capture_output=True, text=True, cwd=run_dir.path, check=False
+        [sys.executable, "-c", FOREIGN, str(run_dir.export)],
+        capture_output=True,
+        text=True,
+        cwd=run_dir.path,
+        check=False,
     )
     assert 0 == child.returncode, child.stderr
     assert kernel_cache.kernel_id == child.stdout.strip()
@@ -99,7 +103,8 @@ def test_a_language_model_exports_with_positions_kept(make_run, tmp_path):
     for number in range(40):
         (tmp_path / "src" / f"m{number}.py").write_text("x = 1\n" * 60)
     config = apply(
-        recipes.get("stdlib-lm").build(), {"data.dir": str(tmp_path / "src"), "data.context": 16, "data.eval_batches": 2}
+        recipes.get("stdlib-lm").build(),
+        {"data.dir": str(tmp_path / "src"), "data.context": 16, "data.eval_batches": 2},
     )
     run_dir = make_run()
     network, dataset = HostNetwork(config), data.load(config.data, 0)
@@ -128,7 +133,7 @@ def _site(kind: SiteKind, source: str = "0", target: str = "0") -> Site:
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 def test_attached_modules_add_in_series_and_in_parallel(alpha):
-    """y + alpha * delta(y), y + alpha * delta(x), and without hooks y again."""
+    """Y + alpha * delta(y), y + alpha * delta(x), and without hooks y again."""
     host = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     delta, x = torch.nn.Linear(4, 4), torch.rand(2, 4)
     plain = host(x)

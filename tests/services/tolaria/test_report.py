@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]  # ships no types
 
 from esper.mesh.errors import InvalidInput
 from esper.tolaria.report import write_comparison, write_run_report
 from esper.tolaria.statistics import interval, paired_difference
 from esper.tolaria.verdicts import comparison_verdict, reads, run_verdict
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SEED = {
     "seed": 3,
@@ -31,7 +34,13 @@ SEED = {
     "gain_low": 0.05,
     "reason": "gain <b>0.12</b>",
 }
-DECISION = {"boundary": 1, "action": "germinate", "site": "body", "reason": "SATURATED", "explanation": "width 4 is used up"}
+DECISION = {
+    "boundary": 1,
+    "action": "germinate",
+    "site": "body",
+    "reason": "SATURATED",
+    "explanation": "width 4 is used up",
+}
 
 
 def write_run(folder: Path, arm: str, seed: int, accuracy: float, loss: float, *, growth=(), data: str = "d") -> Path:
@@ -82,12 +91,16 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.loads += [value for key, value in attrs if key in {"src", "href", "xlink:href"} and not value.startswith("#")]
+        self.loads += [
+            value for key, value in attrs if key in {"src", "href", "xlink:href"} and not value.startswith("#")
+        ]
         if tag not in {"meta", "br", "link", "img"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.loads += [value for key, value in attrs if key in {"src", "href", "xlink:href"} and not value.startswith("#")]
+        self.loads += [
+            value for key, value in attrs if key in {"src", "href", "xlink:href"} and not value.startswith("#")
+        ]
 
     def handle_endtag(self, tag):
         while self.open and self.open.pop() != tag:
@@ -223,7 +236,15 @@ def test_differences_are_paired_by_seed():
 
 def test_a_comparison_without_static_runs_says_nothing_of_them():
     """The verdict names only what was measured."""
-    difference = {"arm": "grown", "against": "host", "mean": 0.1, "low": 0.05, "high": 0.15, "pairs": 12, "reads": "better"}
+    difference = {
+        "arm": "grown",
+        "against": "host",
+        "mean": 0.1,
+        "low": 0.05,
+        "high": 0.15,
+        "pairs": 12,
+        "reads": "better",
+    }
     report = {
         "differences": [{**difference, "metric": "test_accuracy"}, {**difference, "metric": "test_loss"}],
         "growth": [{"adaptations": [SEED]}],

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import signal
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -31,6 +31,9 @@ from esper.v1.run_pb2 import (
     RunSpec,
 )
 from esper.v1.tolaria_service_pb2_grpc import TolariaServiceStub
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QUICK = {"schedule.epochs": 2, "artifacts.export": False, "control.prepare_wait_s": 0}
 ENDLESS = {"schedule.epochs": 100_000, "control.prepare_wait_s": 0}
@@ -56,11 +59,9 @@ class Client:
         return (await self.stub.GetRun(pb.GetRunRequest(run_id=run_id), timeout=20)).run
 
     async def settled(self, run_id: str) -> list[Run]:
-        seen = []
         async with asyncio.timeout(120):
-            async for response in self.stub.WatchRun(pb.WatchRunRequest(run_id=run_id)):
-                seen.append(response.run)
-        return seen
+            watched = self.stub.WatchRun(pb.WatchRunRequest(run_id=run_id))
+            return [response.run async for response in watched]
 
     async def until_step(self, run_id: str, step: int) -> Run:
         async with asyncio.timeout(120):
@@ -133,7 +134,9 @@ async def _downloads(client: Client, run_id: str, folder: Path) -> None:
     page = next(a for a in listed if a.name == "report.html")
     assert "text/html" == page.media_type
     data, digest, first = b"", "", None
-    async for part in client.stub.DownloadArtifact(pb.DownloadArtifactRequest(run_id=run_id, name=page.name), timeout=20):
+    async for part in client.stub.DownloadArtifact(
+        pb.DownloadArtifactRequest(run_id=run_id, name=page.name), timeout=20
+    ):
         first = first or part.WhichOneof("part")
         if part.HasField("chunk"):
             assert len(data) == part.chunk.offset
@@ -145,7 +148,9 @@ async def _downloads(client: Client, run_id: str, folder: Path) -> None:
     assert f"sha256:{hashlib.sha256(data).hexdigest()}" == digest
     for name in ("run.json", "../../runs", "checkpoints"):
         async with refused(NotFound, "ARTIFACT_NOT_FOUND"):
-            async for _ in client.stub.DownloadArtifact(pb.DownloadArtifactRequest(run_id=run_id, name=name), timeout=20):
+            async for _ in client.stub.DownloadArtifact(
+                pb.DownloadArtifactRequest(run_id=run_id, name=name), timeout=20
+            ):
                 pass
 
 

@@ -68,7 +68,9 @@ class TestHost:
         dataset = data.load(config.data, 0)
         one = forward_flops(hosts.build(config.host, 0), dataset.train_batch(0, 0)[0])
         trained = 3 * dataset.steps_per_epoch * config.data.batch_size
-        assert pytest.approx(one * (3 * trained + 3 * dataset.sizes["validation"])) == result_of(run_dir)["training_flops"]
+        assert (
+            pytest.approx(one * (3 * trained + 3 * dataset.sizes["validation"])) == result_of(run_dir)["training_flops"]
+        )
 
     def test_missing_data_fails_with_the_sentence_of_the_loader(self, make_run, tmp_path):
         """What the loader says is what the owner of the run reads."""

@@ -1,7 +1,8 @@
 """Data of the recipes: train, validation and test strictly apart, in an order that is a pure function of seed and step.
 
-A data set is asked for the batch of an (epoch, index) and remembers nothing between two calls that matters: the position in
-the data is the step count alone, so a resumed run sees exactly the batches that an uninterrupted one would have seen.
+A data set is asked for the batch of an (epoch, index) and remembers nothing between two calls that matters: the
+position in the data is the step count alone, so a resumed run sees exactly the batches that an uninterrupted one
+would have seen.
 """
 
 from __future__ import annotations

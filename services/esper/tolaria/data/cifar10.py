@@ -62,7 +62,8 @@ class Cifar10(ImageDataset):
         records = np.concatenate([data for data, _ in files[:-1]])
         if config.validation_images >= len(records):
             raise Conflict(
-                f"data.validation_images: expected fewer than the {len(records)} training images, found {config.validation_images}",
+                f"data.validation_images: expected fewer than the {len(records)} training images, found "
+                f"{config.validation_images}",
                 reason="DATA_TOO_SMALL",
             )
         order = torch.randperm(len(records), generator=generator("cifar10-split", config.split_seed)).numpy()

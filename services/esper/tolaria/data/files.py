@@ -1,4 +1,4 @@
-"""Where data that a user brings lies on disk; torch-free, so that a service can refuse a run before it starts a process."""
+"""Where data that a user brings lies on disk; torch-free, so that a service can refuse a run without it at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def find_cifar10(folder: str) -> Path:
                 metadata={"missing": ", ".join(missing)},
             )
     raise Conflict(
-        f"no CIFAR-10 here: looked for {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE} in {places[0]} and in {places[1]}; {how}",
+        f"no CIFAR-10 here: looked for {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE} in {places[0]} "
+        f"and in {places[1]}; {how}",
         reason="DATA_MISSING",
         metadata={"missing": ", ".join(missing)},
     )

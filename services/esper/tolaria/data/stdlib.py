@@ -72,7 +72,8 @@ class StdlibText:
         for name, text in joined.items():
             if len(text) <= config.context + 1:
                 raise Conflict(
-                    f"the {name} part of {root} has {len(text)} bytes: expected more than data.context + 1 = {config.context + 1}",
+                    f"the {name} part of {root} has {len(text)} bytes: expected more than data.context + 1 = "
+                    f"{config.context + 1}",
                     reason="DATA_MISSING",
                 )
         self._config = config

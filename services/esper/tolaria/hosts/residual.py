@@ -16,7 +16,7 @@ CLASSES = 10
 
 
 class Block(nn.Module):
-    """Two convolutions with group normalisation around a shortcut; no statistics of batches, so that probes are exact."""
+    """Two convolutions with group normalisation around a shortcut; no batch statistics, so that probes are exact."""
 
     def __init__(self, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()

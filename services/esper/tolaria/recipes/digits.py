@@ -25,7 +25,7 @@ def digits() -> RunConfig:
         data=DigitsData(),
         host=ConvHost(),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=1e-4),
-        schedule=ScheduleConfig(epochs=50),
+        schedule=ScheduleConfig(epochs=40),
         growth=GrowthConfig(
             parameter_budget=3_000,
             max_active_seeds=2,
