@@ -72,7 +72,7 @@ class Mesh:
         library, kernels = self.library(Role.TEZZERET), []
         while lease := await self._lease(library, lease_pb2.WORK_KIND_COMPILE):
             work = lease.compile
-            data = make(work)
+            data = await asyncio.to_thread(make, work)
             kernel = kernel_pb2.Kernel(
                 build_id=work.build.id,
                 blueprint_id=work.build.blueprint_id,
