@@ -14,10 +14,11 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from esper.mesh.errors import Conflict, EsperError, LimitExceeded, NotFound
+from esper.mesh.errors import Conflict, EsperError
 from esper.mesh.logging import get_logger
 from esper.mesh.streams import BoundedQueue, Overflow, sleep_or_drain
 from esper.tolaria import recipes
+from esper.tolaria.admission import check_boundary, check_request, check_room
 from esper.tolaria.core import RESUMABLE, SETTLED, STOPPABLE, Arm, RunRecord, RunSpec, RunState, View
 from esper.tolaria.overrides import apply
 from esper.tolaria.rundir import Command
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from esper.tolaria.config import RunConfig
     from esper.tolaria.core import ProcessMark
     from esper.tolaria.processes import Processes
     from esper.tolaria.store import RunStore
@@ -122,7 +122,8 @@ class Orchestrator:
         if known is not None:
             return self.store.view(known.id)
         config = apply(recipes.get(spec.recipe).build(), {**spec.overrides, "seed": spec.seed})
-        self._check(spec, config)
+        check_request(spec, config, self.store)
+        check_room(len(self._queue()), self._limits.max_queued)
         now = self._clock()
         record = RunRecord(
             id=new_run_id(spec.recipe, now), spec=spec, create_time=now, update_time=now, request_id=request_id
@@ -130,36 +131,6 @@ class Orchestrator:
         self.store.create(record, config)
         self._wake()
         return self.store.view(record.id)
-
-    def _check(self, spec: RunSpec, config: RunConfig) -> None:
-        if config.data.kind == "cifar10":
-            from esper.tolaria.data.files import find_cifar10
-
-            find_cifar10(config.data.dir)
-        if (spec.arm is Arm.STATIC) != bool(spec.reference_run_id):
-            raise Conflict(
-                f"arm {spec.arm.value} with reference_run_id {spec.reference_run_id!r}: a static run needs "
-                "one, no other takes one",
-                reason="REFERENCE_WRONG",
-            )
-        if spec.arm is Arm.STATIC:
-            reference = self.store.record(spec.reference_run_id)
-            if reference.spec.arm is not Arm.GROWN or reference.spec.recipe != spec.recipe:
-                raise Conflict(
-                    f"run {reference.id}: expected a grown run of recipe {spec.recipe}, found a "
-                    f"{reference.spec.arm.value} run of "
-                    f"{reference.spec.recipe}",
-                    reason="REFERENCE_NOT_GROWN",
-                )
-        waiting = sum(1 for _ in self._queue())
-        if waiting >= self._limits.max_queued:
-            raise LimitExceeded(
-                f"{waiting} runs are waiting already, the most that this service takes: wait for one to end, "
-                "or stop one",
-                reason="TOO_MANY_RUNS",
-                retry_after_s=10.0,
-                metadata={"waiting": str(waiting)},
-            )
 
     @_alone
     def pause(self, run_id: str) -> View:
@@ -199,7 +170,7 @@ class Orchestrator:
                 reason="RUN_NOT_RESUMABLE",
             )
         if boundary is not None:
-            self._check_boundary(run_id, boundary)
+            check_boundary(self.store.run_dir(run_id), boundary)
         record = seen.record
         record = replace(
             record,
@@ -214,18 +185,6 @@ class Orchestrator:
         self._quiet.discard(run_id)
         self._wake()
         return self.store.view(run_id)
-
-    def _check_boundary(self, run_id: str, boundary: int) -> None:
-        folder = self.store.run_dir(run_id).checkpoints
-        names = sorted(path.name for path in folder.glob("b*-s*")) if folder.is_dir() else []
-        have = sorted({int(name[1:].split("-")[0]) for name in names})
-        if boundary not in have:
-            raise NotFound(
-                f"run {run_id} has no checkpoint of boundary {boundary}: expected one of "
-                f"{', '.join(map(str, have)) or 'none'}",
-                reason="CHECKPOINT_NOT_FOUND",
-                metadata={"boundary": str(boundary)},
-            )
 
     async def stop(self, run_id: str) -> View:
         """End a run for good; returns once its process is gone.

@@ -54,6 +54,7 @@ def comparison_verdict(report: Mapping[str, Any]) -> tuple[bool, str]:
     if kept == 0:
         return False, "Growth did not pay: no seed was kept in any run."
     pays, sentence = _against_host(accuracy, loss)
+    sentence += _price(report)
     static = found.get(("grown", "static", "test_accuracy"))
     if static is not None:
         sentence += (
@@ -77,6 +78,12 @@ def _against_host(accuracy: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple
         which = "accuracy" if accuracy["reads"] == "better" else "loss"
         return True, f"Growth paid in {which} only: {numbers}; the other is not told apart from no difference."
     return False, f"Growth did not pay beyond what chance explains: {numbers}."
+
+
+def _price(report: Mapping[str, Any]) -> str:
+    """What growth cost beside the host, in training operations: a gain that was paid for is told with its price."""
+    spent = {arm["arm"]: arm["mean"]["training_flops"]["mean"] for arm in report["arms"]}
+    return f" It took {spent['grown'] / spent['host']:.2g} times the host's training operations."
 
 
 def _points(d: Mapping[str, Any]) -> str:

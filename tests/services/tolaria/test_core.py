@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -85,7 +86,7 @@ specs = st.builds(
 
 @given(specs)
 def test_a_spec_survives_the_wire(spec):
-    """proto -> core -> proto loses nothing."""
+    """From proto to core and back, nothing is lost."""
     assert spec == spec_from_proto(spec_to_proto(spec))
 
 
@@ -254,7 +255,7 @@ class TestOptimizer:
         rates = [rate_at(step, 100, config) for step in range(100)]
         assert pytest.approx(0.1) == rates[0]
         assert [1.0] * 40 == rates[10:50]
-        assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+        assert all(a > b for a, b in pairwise(rates[50:]))
         assert pytest.approx(0.1 + 0.9 / 50) == rates[-1]
 
     def test_both_optimizers_take_the_hosts_parameters_in_order(self):

@@ -35,7 +35,7 @@ class Controller(TamiyoServiceServicer):
         self.answers = list(answers)
         self.asked: list[str] = []
 
-    def PrepareRun(self, request, context):
+    def PrepareRun(self, request, context):  # noqa: N802  # the contract's name
         self.asked.append(request.hello.run_id)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, grpc.StatusCode):
@@ -49,7 +49,7 @@ class Library(UrzaServiceServicer):
     def __init__(self, key: SigningKey | None) -> None:
         self.key = key
 
-    def ListSigningKeys(self, request, context):
+    def ListSigningKeys(self, request, context):  # noqa: N802  # the contract's name
         if self.key is None:
             context.abort(grpc.StatusCode.INTERNAL, "as the test wants")
         key = verdict_pb2.SigningKey(key_id=self.key.public.key_id, public_key=self.key.public.raw)

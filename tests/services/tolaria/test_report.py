@@ -246,10 +246,12 @@ def test_a_comparison_without_static_runs_says_nothing_of_them():
         "reads": "better",
     }
     report = {
+        "arms": [{"arm": arm, "mean": {"training_flops": {"mean": f}}} for arm, f in (("grown", 6e9), ("host", 2e9))],
         "differences": [{**difference, "metric": "test_accuracy"}, {**difference, "metric": "test_loss"}],
         "growth": [{"adaptations": [SEED]}],
     }
     pays, sentence = comparison_verdict(report)
     assert pays
     assert "static" not in sentence
+    assert "3 times the host's training operations" in sentence
     assert not re.search("few", sentence)
