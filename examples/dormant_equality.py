@@ -1,8 +1,8 @@
 """Shows that a model with dormant seeds is the bare model, bit for bit.
 
-Each host is built twice from the same random state, wrapped once, and trained for three steps on the same batches, one of them a
-sampled step on which statistics are taken. Compared exactly: outputs in training and evaluation, gradients, keys and values of
-``state_dict``, types, and the state of the optimizer.
+Each host is built twice from the same random state, wrapped once, and trained for three steps on the same batches, two
+of them sampled steps on which statistics are taken. Compared exactly: outputs in training and evaluation, gradients,
+keys and values of ``state_dict``, types, the state of the optimizer, and that of the random generator.
 
     python examples/dormant_equality.py
 """
@@ -107,7 +107,7 @@ def _train(name: str, *, wrapped: bool) -> dict[str, list[Tensor]]:
         optimizer.zero_grad()
         output = model(x)
         loss = nn.functional.cross_entropy(output, labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         seen["outputs"].append(output.detach())
         seen["gradients"] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()

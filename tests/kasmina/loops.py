@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +11,9 @@ from esper.kasmina.control import Action, BlendStrategy, Decision, Stage
 from esper.kasmina.growth import BoundaryReport, Growth, wrap
 from esper.kasmina.local import LocalPlane
 from tests.kasmina.hosts import TinyKernel, blobs, choice, decide, mlp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 KERNEL = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64

@@ -38,7 +38,7 @@ def _attach(model: nn.Module, site: Site, birth: str = "random", alpha: float = 
 
 @pytest.mark.parametrize("name", sorted(HOSTS))
 def test_every_site_of_every_host(name: str) -> None:
-    """At each site: a silent newborn changes nothing, a loud one does and learns, and removing it restores every bit."""
+    """At each site: a silent newborn changes nothing, a loud one does and learns, removing it restores every bit."""
     make, batch = HOSTS[name]
     x = batch()
     for site in _sites(make(), x):
@@ -207,10 +207,10 @@ def test_autocast() -> None:
         assert torch.bfloat16 is model(x).dtype
 
 
-def test_compiled_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_without_graph_breaks() -> None:
     """With dynamo in full-graph mode a seed adds no break, and a ramp of alpha no recompilation."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    torch._dynamo.config.skip_nnmodule_hook_guards = True
     counts: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from esper.kasmina import wrap
 from examples.dormant_equality import HOSTS, compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize("name", sorted(HOSTS))
@@ -48,7 +51,7 @@ def test_copy_and_example_inputs() -> None:
 
 
 def test_first_forward_in_evaluation_is_left_alone() -> None:
-    """Evaluation without gradients takes the fast path of attention as ever; sites are learnt from a training forward."""
+    """Evaluation without gradients takes attention's fast path as ever; sites are learnt from a training forward."""
     make: Callable[[], nn.Module] = HOSTS["transformer"][0]
     x: Tensor = HOSTS["transformer"][1](0)[0]
     bare, model = make().eval(), make().eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from esper.kasmina.growth import Config
 from esper.mesh.errors import InvalidInput
 from tests.kasmina.hosts import choice, mlp, small_cnn
 from tests.kasmina.loops import KERNEL, RAMPS, Run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 S = Stage
 
@@ -128,7 +131,7 @@ def _norm_host() -> nn.Module:
 
 
 def test_cull_leaves_the_host_alone() -> None:
-    """After a cull the model has the host's keys, hooks, groups and state alone, and computes what the host computes."""
+    """After a cull the model has the host's keys, hooks, groups and state alone, computes what the host computes."""
     run = Run()
     keys = list(run.model.state_dict())
     run.germinate(to=S.GRAFTING)

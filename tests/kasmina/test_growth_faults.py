@@ -232,7 +232,7 @@ def test_own_defects_do_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_lbfgs_is_refused_at_g0() -> None:
     """An optimizer that takes no second group stays dormant with the reason."""
-    run = Run(optimizer=lambda p: torch.optim.LBFGS(p))
+    run = Run(optimizer=torch.optim.LBFGS)
     model, x = run.model, run.train[0]
     model(x).sum().backward()
     run.growth.step(1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from torch.optim import lr_scheduler as schedules
 
 from esper.kasmina.newborn import MARK, NewbornGroups, hide_from_schedulers, host_groups
 from esper.mesh.errors import Conflict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _host(rate: float = 0.1, **options: object) -> tuple[nn.Linear, torch.optim.Optimizer]:

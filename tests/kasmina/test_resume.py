@@ -166,7 +166,7 @@ def test_kernels_from_the_plane_or_not_at_all() -> None:
     by_function = _resume(data, kernels=run.plane.kernels.get)
     assert S.GRAFTING is by_function.growth.life.stage(run.site())
     bare = Run(kernel_timeout_s=0.05)
-    with pytest.raises(NotFound, match="in use at first..head: expected it"):
+    with pytest.raises(NotFound, match=r"in use at first..head: expected it"):
         bare.growth.load_state_dict(torch.load(io.BytesIO(data), weights_only=True)["growth"])
     assert "esper" not in "".join(bare.model.state_dict())
     bare.steps()

@@ -90,7 +90,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> No
 
 
 def test_snapshot_restores_every_bit() -> None:
-    """Parameters, buffers and moments are as at the snapshot; what came since is not touched; training goes on alike."""
+    """Parameters, buffers and moments are as at the snapshot; what came since stays; training goes on alike."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -104,7 +104,7 @@ def test_snapshot_restores_every_bit() -> None:
     with torch.no_grad():
         newborn.weight.fill_(3.0)
     HostSnapshot.from_state_dict(copy.deepcopy(snapshot.state_dict())).restore(model, optimizer)
-    assert 3.0 == float(newborn.weight)
+    assert 3.0 == newborn.weight.item()
     del model.later
     _train(model, optimizer, 4)
     _train(twin, twin_optimizer, 4)

@@ -66,7 +66,7 @@ class SanityFacts:
 
 
 def g0_sanity(facts: SanityFacts) -> list[Reason]:
-    """G0: kernel known and validated, fits the site, budget left. Embargo and lock are stages: only DORMANT ones ask."""
+    """G0: kernel known and validated, fits the site, budget left. Closed and locked sites are not DORMANT."""
     over = facts.kernel_parameters is not None and facts.kernel_parameters > facts.parameters_left
     found = f"found {facts.kernel_parameters} for {facts.parameters_left} left"
     return _blocked(

@@ -66,7 +66,7 @@ def _guard_hooks() -> None:
     once more, afterwards each set of hooks keeps its own graph.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
         dynamo.config.skip_nnmodule_hook_guards = False
         dynamo.reset()
 
