@@ -49,6 +49,7 @@ class ExitCode:
     """Ended by Ctrl-C."""
 
 
+_PIPE_WIDTH = 240
 _EXIT_CODES = {
     Code.NOT_FOUND: ExitCode.NOT_FOUND,
     Code.UNAVAILABLE: ExitCode.UNAVAILABLE,
@@ -56,6 +57,14 @@ _EXIT_CODES = {
     Code.INTERNAL: ExitCode.FAILED,
     Code.DATA_LOSS: ExitCode.FAILED,
 }
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for people; where its output goes to a file or pipe, tables are as wide as they need to be."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,9 @@ class State:
     """Address named on the command line."""
     environ: Mapping[str, str] | None = None
     """The environment; the process's own by default."""
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console = field(default_factory=make_console)
     """For people: standard output."""
-    errors: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    errors: Console = field(default_factory=lambda: make_console(stderr=True))
     """For people: standard error."""
     json: bool = False
     """Write one JSON document to standard output instead of tables."""
@@ -128,7 +137,10 @@ class State:
 
     def table(self, columns: Iterable[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
         """Write a table for people, or one line when there is nothing to show."""
-        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, column in enumerate(columns):
+            # The first column names the thing: cut short it would be of no use in the next command.
+            table.add_column(column, no_wrap=index == 0, overflow="fold")
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         if table.row_count:

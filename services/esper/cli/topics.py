@@ -18,6 +18,7 @@ from esper.v1 import event_pb2, oona_service_pb2
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Topics of the message bus.")
+_SHOWN_CHARACTERS = 200
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for scripts, one object a line for tail.")]
 
 
@@ -140,4 +141,6 @@ def _line(delivery: oona_service_pb2.Delivery, as_json: bool) -> str:
     moment = delivery.store_time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
     place = f"{delivery.position.partition}:{delivery.position.offset}"
     text = json.dumps(_payload(event), ensure_ascii=False)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]}… ({len(event.payload)} bytes; all of it with --json)"
     return f"[dim]{moment} {place:>8}[/] [bold]{escape(event.key or '-')}[/] {escape(event.type)} {escape(text)}"
