@@ -84,11 +84,17 @@ class Bench:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to offer the catalogue, and as many loops as there are workers."""
-        self._tasks = [spawn(self._offer(), name="tezzeret-catalogue")] + [
-            spawn(self._loop(f"{self._name}/{index}"), name=f"tezzeret-{index}")
-            for index in range(self._forge.pool.size)
-        ]
+        """Begin to offer the catalogue, and as many loops as there are workers.
+
+        Of two or more workers the first takes portable orders alone: a run that waits for those, a second each, must not
+        wait for compilers that are busy for minutes.
+        """
+        size = self._forge.pool.size
+        quick = tuple(tier for tier in self._tiers if tier is Tier.PORTABLE)
+        self._tasks = [spawn(self._offer(), name="tezzeret-catalogue")]
+        for index in range(size):
+            tiers = quick if index == 0 and size > 1 and quick else self._tiers
+            self._tasks.append(spawn(self._loop(f"{self._name}/{index}", tiers), name=f"tezzeret-{index}"))
 
     async def stop(self) -> None:
         """Let running builds end for `drain_s`, then hand back what still runs. The drain is set already."""
@@ -113,11 +119,11 @@ class Bench:
                 log.warning("catalogue not offered yet", name=left[0].name, reason=error.reason, error=error.public)
                 await sleep_or_drain(waits.next(), self._drain)
 
-    async def _loop(self, holder: str) -> None:
+    async def _loop(self, holder: str, tiers: Sequence[Tier]) -> None:
         waits = _Waits(self._pace)
         while not self._drain.is_set():
             try:
-                task = await until_drain(self._next(holder), self._drain)
+                task = await until_drain(self._next(holder, tiers), self._drain)
                 if task is not None:
                     await self._handle(task)
                 waits.reset()
@@ -129,12 +135,12 @@ class Bench:
                 log.exception("order failed", holder=holder)
                 await sleep_or_drain(waits.next(), self._drain)
 
-    async def _next(self, holder: str) -> Task | None:
+    async def _next(self, holder: str, tiers: Sequence[Tier]) -> Task | None:
         target = (await self._forge.examine()).target
         pace = self._pace
         # Tiers that this machine cannot build are taken too: the order then fails with the reason instead of waiting
         # for a forge that nobody runs.
-        return await self._library.lease(holder, target, tiers=self._tiers, wait_s=pace.wait_s, lease_s=pace.lease_s)
+        return await self._library.lease(holder, target, tiers=tiers, wait_s=pace.wait_s, lease_s=pace.lease_s)
 
     async def _handle(self, task: Task) -> None:
         """Fill one order under its lease."""
