@@ -86,8 +86,8 @@ class Bench:
     def start(self) -> None:
         """Begin to offer the catalogue, and as many loops as there are workers.
 
-        Of two or more workers the first takes portable orders alone: a run that waits for those, a second each, must not
-        wait for compilers that are busy for minutes.
+        Of two or more workers the first takes portable orders alone: a run that waits for those, a second each, must
+        not wait for compilers that are busy for minutes.
         """
         size = self._forge.pool.size
         quick = tuple(tier for tier in self._tiers if tier is Tier.PORTABLE)

@@ -31,8 +31,8 @@ class Config(Section):
     """The compilation forge."""
 
     workers: Annotated[int, Field(ge=1, le=64)] = 2
-    """Worker processes, and so builds at once. Each holds about 400 MiB and keeps a core busy, at low priority, while it
-    compiles. Of two or more the first is kept for portable orders, which never wait for a compiler then."""
+    """Worker processes, and so builds at once. Each holds about 400 MiB and keeps a core busy, at low priority, while
+    it compiles. Of two or more the first is kept for portable orders, which never wait for a compiler then."""
 
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = (Tier.PORTABLE, Tier.STANDARD)
     """Tiers that orders are taken for. An order of a tier that the machine lacks a tool for fails with that reason;

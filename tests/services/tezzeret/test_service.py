@@ -63,7 +63,7 @@ async def test_orders_become_kernels_in_the_library(forge, client):
     assert (1, 0) == (state.succeeded, state.failed)
     assert state.target.startswith("cpu/")
     assert build_pb2.TIER_PORTABLE in state.tiers
-    assert [forge_pb2.WORKER_STATE_IDLE] == [worker.state for worker in state.workers]
+    assert {forge_pb2.WORKER_STATE_IDLE} == {worker.state for worker in state.workers}
 
 
 async def test_an_order_that_cannot_be_built_fails_once_with_the_node(forge, client):
