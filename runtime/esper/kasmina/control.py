@@ -319,7 +319,7 @@ class HealthColumns:
 class ControlPlane(Protocol):
     """The runtime's only door to the mesh. No method blocks the training thread, except `advise` up to its deadline.
 
-    Implemented by ``esper.kasmina.link.MeshLink`` over gRPC. A control plane that is away answers None, at once after it
+    Implemented by ``esper.kasmina.link.MeshLink`` over gRPC. A control plane that is away answers None, at once when it
     is known to be away.
     """
 
