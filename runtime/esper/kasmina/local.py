@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from esper.kasmina.control import Advice, BoundaryState, FieldReport, HealthColumns, RunHello
     from esper.kasmina.signature import Signature
@@ -53,6 +53,10 @@ class LocalPlane:
         """Ask the policy; the deadline is the policy's own affair, it runs on this thread."""
         del deadline_s
         return None if self.policy is None else self.policy(state)
+
+    def prefetch(self, kernel_ids: Sequence[str]) -> None:
+        """Remember that they were asked for."""
+        self.requested.extend(kernel_ids)
 
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
         """Remember that it was asked for."""

@@ -8,6 +8,7 @@ from typing import Literal
 from esper.mesh.errors import InvalidInput
 
 __all__ = [
+    "MAX_CONTEXT",
     "Cifar10Data",
     "ConvHost",
     "Data",
@@ -20,6 +21,10 @@ __all__ = [
     "fraction",
     "need",
 ]
+
+
+MAX_CONTEXT = 256
+"""Positions that a transformer host can tell apart."""
 
 
 def need(condition: bool, text: str, path: str) -> None:
@@ -90,7 +95,7 @@ class StdlibData:
     max_bytes: int = 4_000_000
     """Bytes of source read at most, whole files in the order of the digest of their path; bounds memory and time."""
     context: int = 64
-    """Bytes per sample."""
+    """Bytes per sample; at most `MAX_CONTEXT`."""
     batch_size: int = 16
     """Samples per optimizer step."""
     eval_batch_size: int = 32
@@ -104,7 +109,11 @@ class StdlibData:
         fraction(self.validation_fraction, "data.validation_fraction")
         fraction(self.test_fraction, "data.test_fraction")
         at_least(self.max_bytes, 10_000, "data.max_bytes")
-        at_least(self.context, 2, "data.context")
+        need(
+            2 <= self.context <= MAX_CONTEXT,
+            f"data.context: expected 2 to {MAX_CONTEXT}, found {self.context}",
+            "data.context",
+        )
         at_least(self.eval_batches, 2, "data.eval_batches")
         at_least(self.steps_per_epoch, 1, "data.steps_per_epoch")
         _batches(self.batch_size, self.eval_batch_size)

@@ -92,7 +92,6 @@ class Trainer:
         progress: takes the latest progress; returns at once.
         event: leaves a line of history: kind and fields.
         command: ``pause``, ``stop`` or nothing.
-        sequence: number of the last progress of earlier attempts.
     """
 
     def __init__(
@@ -105,7 +104,6 @@ class Trainer:
         progress: Callable[[Progress], None],
         event: Callable[..., None],
         command: Callable[[], str],
-        sequence: int = 0,
     ) -> None:
         self.config = config
         self.network = network
@@ -114,7 +112,6 @@ class Trainer:
         self._progress = progress
         self._event = event
         self._command = command
-        self._sequence = sequence
         self.total = total_steps(config.schedule, data.steps_per_epoch)
         self.step = 0
         self.boundary = 0
@@ -324,12 +321,11 @@ class Trainer:
     def report(self, phase: str) -> None:
         """Tell how far the run is."""
         self._reported = time.monotonic()
-        self._sequence += 1
         last = self.history[-1] if self.history else {}
         meter, per_epoch = self._meter, self.data.steps_per_epoch
         self._progress(
             Progress(
-                sequence=self._sequence,
+                sequence=0,  # numbered by whoever passes it on
                 phase=phase,
                 epoch=self.step / per_epoch,
                 epochs=float(self.config.schedule.epochs),

@@ -183,7 +183,6 @@ class Session:
                 progress=self._take_progress,
                 event=self.desk.event,
                 command=lambda: self.desk.command,
-                sequence=self._sequence,
             )
             # Also before a resume: kernels that were at hand then must be at hand now, or decisions would differ.
             self._prepare(network)
@@ -246,12 +245,12 @@ class Session:
     def _say(self, phase: str, state: RunState) -> None:
         """Tell a phase in which no step is made."""
         self._state = state
-        self._sequence += 1
-        before = self._progress or _NOTHING
-        self._take_progress(replace(before, sequence=self._sequence, phase=phase))
+        self._take_progress(replace(self._progress or _NOTHING, phase=phase))
 
     def _take_progress(self, progress: Progress) -> None:
-        self._progress, self._sequence = progress, progress.sequence
+        """Number a progress, across trainers and phases without one, and pass it on."""
+        self._sequence += 1
+        self._progress = replace(progress, sequence=self._sequence)
         self.desk.say(self._status(self._state))
 
     def _status(self, state: RunState, *, error: str = "", result: Result | None = None) -> Status:

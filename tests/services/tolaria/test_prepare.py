@@ -10,6 +10,8 @@ import pytest
 
 from esper.kasmina.control import RunHello
 from esper.kasmina.kernels.signing import SigningKey
+from esper.kasmina.local import LocalPlane
+from esper.mesh.errors import NotFound
 from esper.tolaria.prepare import Trust, prepare
 from esper.v1 import tamiyo_service_pb2, urza_service_pb2, verdict_pb2
 from esper.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer, add_TamiyoServiceServicer_to_server
@@ -128,3 +130,57 @@ def test_keys_travel_as_plain_data():
 
     trust = Trust((PublicKey(b"a" * 32), PublicKey(b"b" * 32, revoked=True)))
     assert trust == Trust.from_document(trust.document())
+
+
+class TestKernelsOfARun:
+    """What a grown run does with kernels before its first step and at a resume."""
+
+    def network(self, make_run, kernel_cache, plane, mesh: str = ""):
+        """A grown network whose plane is given."""
+        from esper.tolaria import data
+        from esper.tolaria.core import Arm
+        from esper.tolaria.seeded import SeededNetwork
+        from esper.tolaria.worker import Launch
+
+        config = make_run(arm=Arm.GROWN).config()
+        return SeededNetwork(
+            config,
+            run_id="digits-1",
+            launch=Launch(mesh=mesh, cache_dir=str(kernel_cache.folder)),
+            plane=plane,
+            sample=data.load(config.data, 0).train_batch(0, 0)[0],
+            total_steps=10,
+        )
+
+    def test_fitting_kernels_are_loaded_before_the_first_step(self, mesh, make_run, kernel_cache):
+        """A kernel that comes late is waited for; one that is refused is not."""
+
+        class SlowPlane(LocalPlane):
+            looks = 0
+
+            def kernel(self, kernel_id):
+                self.looks += 1
+                if kernel_id == IDS[1]:
+                    raise NotFound("refused by the test")
+                return object() if self.looks > 4 else None
+
+        plane = SlowPlane()
+        server = mesh([(2, 0, 0)], SigningKey.generate())
+        network = self.network(make_run, kernel_cache, plane, server.address)
+        network.prepare(lambda _: None, lambda: False)
+        assert plane.looks > 4
+        assert 1 == len(network.state_dict()["trust"])
+
+    def test_a_resume_loads_the_checkpoints_kernel_by_the_keys_it_knows(self, make_run, kernel_cache):
+        """Verified bundle: loaded. Altered bundle, foreign key or no key: left to the library."""
+        network = self.network(make_run, kernel_cache, None)
+        fetched = network.bundle(kernel_cache.kernel_id)
+        assert fetched is not None
+        altered = fetched._replace(bundle=fetched.bundle[:-1] + b"\x01")
+        ours, foreign = Trust((kernel_cache.key.public,)), Trust((SigningKey.generate().public,))
+        expected = [(ours, fetched, True), (ours, altered, False), (foreign, fetched, False), (Trust(), fetched, False)]
+        for trust, offered, loads in expected:
+            network._trust = trust
+            found = network._kernel_from({kernel_cache.kernel_id: offered})(kernel_cache.kernel_id)
+            assert loads == (found is not None)
+        assert network._kernel_from({})(kernel_cache.kernel_id) is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from esper.tolaria.checkpoints import CheckpointStore
 from esper.tolaria.core import Arm, RunState
 from esper.tolaria.networks import read_modules
 from esper.tolaria.rundir import Command, RunDir
-from esper.tolaria.worker import Launch, Session
+from esper.tolaria.worker import Launch, Session, main
 from tests.services.tolaria.conftest import result_of, start_scripted
 from tests.services.tolaria.scripted_worker import connect
 
@@ -94,6 +96,32 @@ class TestHost:
         assert status is not None
         assert "FileNotFoundError" in status.error
         assert "(" in status.error
+
+    def test_the_program_reads_its_launch_from_standard_input(self, make_run, monkeypatch):
+        """One line of JSON; an empty line means the defaults; another process on the run turns it away."""
+        run_dir = make_run()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(Launch(attempt=3).line()))
+        assert main([str(run_dir.path)]) == 0
+        status = run_dir.status()
+        assert status is not None
+        assert 3 == status.attempt
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        with run_dir.claim():
+            assert main([str(run_dir.path)]) == 1
+
+    def test_running_out_of_memory_is_told_in_one_sentence(self, make_run, monkeypatch):
+        """FAILED, and the owner knows why."""
+        from esper.tolaria import trainer
+
+        def exhausted(logits, targets):
+            raise MemoryError
+
+        monkeypatch.setattr(trainer, "loss_of", exhausted)
+        run_dir = make_run()
+        assert Session(run_dir, Launch()).run() == 1
+        status = run_dir.status()
+        assert status is not None
+        assert "out of memory" in status.error
 
 
 class TestPause:

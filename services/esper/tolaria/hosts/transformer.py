@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 from torch import Tensor, nn
 
+from esper.tolaria.config_task import MAX_CONTEXT
+
 if TYPE_CHECKING:
     from esper.tolaria.config import TransformerHost
 
 __all__ = ["ByteTransformer"]
 
 SYMBOLS = 256
-LONGEST = 1024
+LONGEST = MAX_CONTEXT
 
 
 class CausalAttention(nn.Module):
