@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,3 +50,18 @@ def run_python() -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_training_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Training outlives its service on purpose, but not the test that began it, even where that failed half-way."""
+    yield
+    if "tmp_path" not in request.fixturenames or not request.node.path.is_relative_to(ROOT / "tests" / "services"):
+        return
+    if request.node.path.parent.name not in {"tolaria", "cli"}:
+        return
+    folder = str(request.getfixturevalue("tmp_path"))
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or ()
+        if "esper.tolaria.worker" in command and any(part.startswith(folder) for part in command):
+            process.kill()
