@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup system demo test coverage check format gen serve clean bench docs-performance \
-        bench-contracts bench-control bench-mesh bench-tamiyo
+        bench-contracts bench-control bench-growth bench-mesh bench-tamiyo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench-contracts: setup ## sizes and codec times of the contracts, as JSON lines
 
 bench-control: setup ## what an absent or dying control plane costs a training loop, as JSON lines
 	$(BIN)/python -m loadtests.bench_control
+
+bench-growth: setup ## what growth costs a training loop, as JSON lines
+	$(BIN)/python -m loadtests.bench_growth
 
 bench-mesh: setup ## overhead of the chassis, logging, settings, start-up, as JSON lines
 	$(BIN)/python -m loadtests.bench_mesh

@@ -225,7 +225,7 @@ def test_own_defects_do_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> No
     """An exception inside growth itself is counted, not raised."""
     run = Run()
     run.steps(2)
-    monkeypatch.setattr(run.growth.life, "step", lambda _loss: 1 / 0)
+    monkeypatch.setattr(run.growth.life.layout, "tick", lambda: 1 / 0)
     run.steps(3)
     assert 3 == run.growth.counters["failed_step"]
 

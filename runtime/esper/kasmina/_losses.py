@@ -26,13 +26,16 @@ class LossReader:
 
     def push(self, loss: Tensor | float) -> None:
         """Take the loss of one step."""
-        if isinstance(loss, Tensor) and loss.device.type == "cuda":
+        if not isinstance(loss, Tensor):
+            self._ready.append(float(loss))
+        elif loss.device.type == "cuda":
             copy = loss.detach().float().mean().to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves its events untyped
             event.record()
             self._pending.append((copy, event))
         else:
-            self._ready.append(float(loss.detach().float().mean() if isinstance(loss, Tensor) else loss))
+            # On the fast way of a CPU run: no new tensors for a loss that is one number already.
+            self._ready.append(loss.item() if loss.dim() == 0 else float(loss.detach().float().mean()))
 
     def read(self, *, wait: bool = False) -> Iterator[float]:
         """The losses whose copies have arrived, in order.

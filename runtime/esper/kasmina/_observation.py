@@ -83,8 +83,13 @@ class Observation:
 
         self._watch = ForwardWatch(self._model, enter, leave)
 
+    @property
+    def pending(self) -> bool:
+        """True where the forward that was waited for has happened, and the sites are not found yet."""
+        return self._seen is not None
+
     def settle(self) -> None:
-        """After a step: if the forward that was waited for has happened, find the sites."""
+        """Find the sites, where `pending`."""
         if self._seen is not None:
             (recorder, args, kwargs), self._seen = self._seen, None
             self._watch = None

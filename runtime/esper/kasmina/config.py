@@ -47,7 +47,7 @@ class Config:
     """Longest wait for the controller at a boundary."""
     sample_every: int = 10
     """Optimizer steps between health samples; 0 turns them off, as a compiled model wants."""
-    sites_per_sample: int = 16
+    sites_per_sample: int = 8
     """Output modules measured on one sampled step, in rotation."""
     drain_timeout_s: float = 1.0
     """Longest wait at a boundary for statistics that are still being computed."""

@@ -139,20 +139,26 @@ class Growth:
             loss: training loss of this step, any shape, as the loop has it; it is detached and not waited for.
         """
         self.steps += 1
-        self._guard("discovery", self.observation.settle)
+        if self.observation.pending:
+            self._guard("discovery", self.observation.settle)
+        try:
+            self._after_step(loss)
+        except Exception:  # noqa: BLE001  # as in _guard; written out because it runs on every step
+            self.counters["failed_step"] += 1
+            _log.exception("growth failed", where="step")
+
+    def _after_step(self, loss: Tensor | float | None) -> None:
         self.life.layout.tick()
         if loss is not None:
             self.losses.push(loss)
-        self._guard("step", lambda: self._after_step(loss if isinstance(loss, torch.Tensor) else None))
-
-    def _after_step(self, loss: Tensor | None) -> None:
         for value in self.losses.read():
             why = self.life.detector.update(value)
             if why:
                 self._roll_back(why)
                 return
-        self._take_out_failed()
-        self.life.step(loss)
+        if self.life.runs:
+            self._take_out_failed()
+            self.life.step(loss if isinstance(loss, torch.Tensor) else None)
         if self.observation.collect():
             job = _report.health_job(self)
             if job is not None:
@@ -167,7 +173,13 @@ class Growth:
 
     def _take_out_failed(self) -> None:
         for run in list(self.life.runs.values()):
-            if run.attachment is not None and run.attachment.seed.error and run.index not in self.life.fossilized:
+            if run.attachment is None or not run.attachment.seed.error:
+                continue
+            if run.index in self.life.fossilized:
+                self._say_once(
+                    f"fossilized seed {run.index} failed, the host runs without it: {run.attachment.seed.error}"
+                )
+            else:
                 run.failure = f"kernel failed in the forward: {run.attachment.seed.error}"
                 self.counters["kernel_failures"] += 1
                 self.life.cull(run, run.failure, self.config.embargo_boundaries)

@@ -34,6 +34,8 @@ __all__ = ["ROWS", "HealthSampler", "Worker", "dead_fraction", "effective_rank"]
 ROWS = 256
 """Rows of a sample: samples times positions."""
 _BATCH = 32
+_POSITIONS = ((), (ROWS // _BATCH,), (2, ROWS // _BATCH // 2))
+"""Positions taken of each sample, by dimension: of a vector, a sequence, an image."""
 
 
 def effective_rank(rows: NDArray[np.float64]) -> float | None:
@@ -123,17 +125,17 @@ class HealthSampler:
         worker: runs the linear algebra.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], worker: Worker, per_sample: int = 16) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, sites: Sequence[Site], worker: Worker, per_sample: int = 8) -> None:
         self._worker = worker
         self._per_sample = per_sample
         self._by_target: dict[str, list[Site]] = {}
         for site in sites:
             self._by_target.setdefault(site.target, []).append(site)
         self._targets = list(self._by_target)
+        self._modules = {name: model.get_submodule(name) for name in self._targets}
         self.position = 0
         """Where the rotation stands; checkpointed."""
-        self._taken: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._taken: dict[str, tuple[Tensor, list[Tensor], int]] = {}
         self._found: dict[str, tuple[float | None, float | None, float | None]] = {}
 
     def install(self) -> list[RemovableHandle]:
@@ -142,7 +144,7 @@ class HealthSampler:
         chosen = [self._targets[(self.position + i) % len(self._targets)] for i in range(count)]
         self.position = (self.position + count) % max(1, len(self._targets))
         self._taken = {}
-        return [self._model.get_submodule(name).register_forward_hook(self._observe(name)) for name in chosen]
+        return [self._modules[name].register_forward_hook(self._observe(name)) for name in chosen]
 
     def _observe(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         port = self._by_target[name][0].y
@@ -152,12 +154,11 @@ class HealthSampler:
                 return
             y = output_tensor(output)
             gradients: list[Tensor] = []
-            self._taken[name] = (_sample(y.detach(), port), gradients)
+            self._taken[name] = (_sample(y, port), gradients, y.numel())
             if y.requires_grad:
-                size = y.numel() ** 0.5
 
                 def keep(gradient: Tensor) -> None:
-                    gradients.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) / size)
+                    gradients.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
                 y.register_hook(keep)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -169,10 +170,10 @@ class HealthSampler:
         if taken:
             self._worker.submit(lambda: self._compute(taken))
 
-    def _compute(self, taken: dict[str, tuple[Tensor, list[Tensor]]]) -> None:
-        for name, (rows, gradients) in taken.items():
-            values = rows.to("cpu", torch.float64).numpy()
-            norm = float(gradients[-1]) if gradients else None
+    def _compute(self, taken: dict[str, tuple[Tensor, list[Tensor], int]]) -> None:
+        for name, (sample, gradients, size) in taken.items():
+            values = _rows(sample, self._by_target[name][0].y).numpy()
+            norm = float(gradients[-1]) / size**0.5 if gradients else None
             self._found[name] = (effective_rank(values), dead_fraction(values), norm)
 
     def take(self) -> tuple[SiteHealth, ...]:
@@ -203,11 +204,19 @@ class HealthSampler:
 
 
 def _sample(y: Tensor, port: Port) -> Tensor:
-    """(rows, features): evenly spaced samples and positions, copied."""
-    canonical = port.canonical(y)
-    picked = canonical[:: max(1, len(canonical) // _BATCH)][:_BATCH]
-    flat = picked.movedim(port.layout.feature_dim, -1)
-    flat = flat.reshape(len(flat), -1, flat.shape[-1])
-    per_sample = max(1, ROWS // max(1, len(flat)))
-    flat = flat[:, :: max(1, flat.shape[1] // per_sample)][:, :per_sample]
-    return flat.reshape(-1, flat.shape[-1]).clone()
+    """Evenly spaced samples and positions of y, copied, in the order of y: one slice, one copy."""
+    spread = iter(_POSITIONS[port.layout.rank - 2])
+    index = []
+    for dim, size in enumerate(y.shape):
+        if dim == port.feature_dim:
+            index.append(slice(None))
+        else:
+            wanted = _BATCH if dim == port.batch_dim else next(spread)
+            index.append(slice(None, None, -(-size // wanted)))
+    return y[tuple(index)].detach().clone()
+
+
+def _rows(sample: Tensor, port: Port) -> Tensor:
+    """(rows, features) of a sample, in float64 on the host."""
+    features = sample.movedim(port.feature_dim, -1)
+    return features.reshape(-1, features.shape[-1]).to("cpu", torch.float64)
