@@ -3,8 +3,8 @@
     python -m loadtests.bench_growth
 
 Prints JSON lines (`_report.py`). Overheads are medians of the ratio over pairs of runs that alternate between the bare
-and the wrapped host, in processor time of the training thread, so that a load of the machine counts little. A dormant run
-of 20 steps holds two sampled ones.
+and the wrapped host, in processor time of the training thread, so that a load of the machine counts little. A dormant
+run of 20 steps holds two sampled ones.
 """
 
 import statistics
