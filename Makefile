@@ -30,11 +30,11 @@ demo: system setup ## grow a network on real data through the whole mesh, compar
 	$(BIN)/esper train digits --compare
 
 test: system setup ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 coverage: system setup ## the whole test suite with line coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-config=pyproject.toml --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 3 --dist loadfile --cov --cov-config=pyproject.toml --cov-report=term-missing:skip-covered
 
 check: setup ## formatting, lint, types, contracts, proof that gen/ is current
 	$(BIN)/ruff format --check .
