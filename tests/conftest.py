@@ -55,12 +55,13 @@ def run_python() -> Callable[[str], str]:
 @pytest.fixture(autouse=True)
 def _no_training_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Training outlives its service on purpose, but not the test that began it, even where that failed half-way."""
-    yield
-    if "tmp_path" not in request.fixturenames or not request.node.path.is_relative_to(ROOT / "tests" / "services"):
+    inside = request.node.path.is_relative_to(ROOT / "tests" / "services")
+    if "tmp_path" not in request.fixturenames or not inside or request.node.path.parent.name not in {"tolaria", "cli"}:
+        yield
         return
-    if request.node.path.parent.name not in {"tolaria", "cli"}:
-        return
+    # Asked for now: when the test is over, its folder may be gone before we are.
     folder = str(request.getfixturevalue("tmp_path"))
+    yield
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or ()
         if "esper.tolaria.worker" in command and any(part.startswith(folder) for part in command):
