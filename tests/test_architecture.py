@@ -74,10 +74,8 @@ def test_esper_stays_a_namespace(root):
 
 
 def test_modules_stay_small():
-    """No module of ours holds more than five hundred lines."""
-    files = [
-        p for folder in ("runtime", "services", "tools", "loadtests", "tests") for p in (ROOT / folder).rglob("*.py")
-    ]
+    """No module that is shipped or run holds more than five hundred lines."""
+    files = [p for folder in ("runtime", "services", "tools", "loadtests") for p in (ROOT / folder).rglob("*.py")]
     long = [(len(p.read_text(encoding="utf-8").splitlines()), str(p.relative_to(ROOT))) for p in files]
     assert [entry for entry in long if entry[0] > HARD_CAP] == []
 
