@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from esper.cli.drift import from_file
 from esper.cli.lock import HomeLock
@@ -142,6 +142,14 @@ def _runner() -> asyncio.Runner:
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
+def _process_metrics() -> CollectorRegistry:
+    """A registry with what prometheus_client knows of this process: memory, file descriptors, garbage collection."""
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
 async def _serve(
     settings: Settings, names: Sequence[str], ready: Callable[[str], None], *, attached: bool = False
 ) -> None:
@@ -151,7 +159,7 @@ async def _serve(
         loop.add_signal_handler(number, stopping.set)
     if attached:
         loop.add_reader(sys.stdin.fileno(), stopping.set)  # nobody writes there: readable means ended
-    mesh = EmbeddedMesh(settings, names, registry=REGISTRY)
+    mesh = EmbeddedMesh(settings, names, registry=_process_metrics())
     try:
         starting = asyncio.ensure_future(mesh.start())
         interrupted = asyncio.ensure_future(stopping.wait())

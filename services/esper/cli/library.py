@@ -10,7 +10,8 @@ from esper.cli.connection import connect
 from esper.cli.state import ExitCode, command, short, state_of
 from esper.mesh.errors import InvalidInput
 from esper.v1 import signature_pb2, tezzeret_service_pb2, urza_service_pb2
-from esper.v1.blueprint_pb2 import Birth, Blueprint
+from esper.v1.blueprint_pb2 import Birth
+from esper.v1.blueprint_pb2 import Blueprint as StoredBlueprint
 from esper.v1.build_pb2 import Tier
 from esper.v1.kernel_pb2 import Kernel, KernelState
 from esper.v1.signature_pb2 import Layout, Signature
@@ -173,7 +174,7 @@ def list_blueprints(
         if layout not in known:
             raise InvalidInput(f"--layout: expected one of {', '.join(sorted(known))}, found {layout!r}")
         request.layout = Layout.Value(f"LAYOUT_{layout.upper()}")
-    found: list[Blueprint] = []
+    found: list[StoredBlueprint] = []
     with connect(state, start=True) as mesh:
         while True:
             page = mesh.urza.ListBlueprints(request, timeout=mesh.timeout)
@@ -223,6 +224,8 @@ def submit_blueprint(
     as_json: JsonOption = False,
 ) -> None:
     """Check a blueprint and store it in the library."""
+    from esper.kasmina.blueprints import Blueprint
+
     state = state_of(context).with_json(as_json)
     ir = file.read_bytes()
     request = tezzeret_service_pb2.CheckBlueprintRequest(ir=ir)
@@ -237,7 +240,9 @@ def submit_blueprint(
                 where = f"node '{problem.node}': " if problem.node else ""
                 state.errors.print(f"[bold red]error[/] {escape(where + problem.message)}")
             raise typer.Exit(ExitCode.REFUSED)
-        submit = urza_service_pb2.SubmitBlueprintRequest(ir=ir)
+        # People write with spaces; the library keeps the one canonical spelling, which names the blueprint.
+        canonical = Blueprint.from_json(ir).canonical_json().encode()
+        submit = urza_service_pb2.SubmitBlueprintRequest(ir=canonical)
         answer = mesh.urza.SubmitBlueprint(submit, timeout=mesh.timeout)
     if state.json:
         state.emit(answer)

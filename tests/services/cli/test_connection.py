@@ -10,7 +10,7 @@ from esper.cli.connection import connect, embedded
 from esper.cli.lock import HomeLock, find_running
 from esper.cli.state import State
 from esper.mesh.errors import Unavailable
-from tests.services.cli.conftest import clean_environment, esper, gone, wait_for
+from tests.services.cli.conftest import clean_environment, gone, wait_for
 
 
 def test_a_mesh_of_its_own_for_one_command(cli, tmp_path):
@@ -21,7 +21,7 @@ def test_a_mesh_of_its_own_for_one_command(cli, tmp_path):
     assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in " ".join(p.cmdline())]
 
 
-def test_a_killed_command_takes_its_mesh_along(tmp_path):
+def test_a_killed_command_takes_its_mesh_along(tmp_path, esper):
     """`kill -9` of a command ends the mesh that it had started, and the workers of that."""
     home = tmp_path / "h"
     follower = esper("--home", home, "train", "digits", "--set", "schedule.epochs=500")
@@ -35,12 +35,10 @@ def test_a_killed_command_takes_its_mesh_along(tmp_path):
     finally:
         for process in training:  # it outlives every mesh, on purpose
             process.kill()
-        for stream in (follower.stdin, follower.stdout, follower.stderr):
-            stream.close()
 
 
 def test_nothing_answers(cli, tmp_path):
-    """An address where nothing listens, and a home directory without a mesh for a command that starts none: status 4."""
+    """An address where nothing listens, a home directory without a mesh for a command that starts none: status 4."""
     assert "no mesh answers at 127.0.0.1:9" in cli("--mesh", "127.0.0.1:9", "runs", "list", code=4).stderr
     refused = cli("--home", tmp_path, "runs", "watch", "digits-x", code=4).stderr
     assert "start one with 'esper up'" in refused
@@ -79,11 +77,10 @@ def test_an_embedded_mesh_that_cannot_start(tmp_path):
     lock.release()
 
 
-def test_ctrl_c_is_an_exit_code(running_mesh):
+def test_ctrl_c_is_an_exit_code(running_mesh, esper):
     """A command that is interrupted ends with 130 and no traceback."""
     process = esper("--home", running_mesh.home, "topics", "tail", "run-events", "--follow", "--json")
     wait_for(lambda: psutil.Process(process.pid).num_threads() > 3, "the subscription")
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
-    assert 130 == process.returncode
+    status, out, error = process.end(signal.SIGINT)
+    assert 130 == status
     assert "Traceback" not in out + error

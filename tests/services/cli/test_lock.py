@@ -66,7 +66,7 @@ def test_a_mesh_shares_its_home_with_no_single_service(tmp_path):
     """Two processes on one service's files would destroy them, whoever came first."""
     oona = HomeLock(tmp_path, "oona")
     oona.announce("127.0.0.1:7601")
-    with pytest.raises(Conflict, match="listening at 127.0.0.1:7601"):
+    with pytest.raises(Conflict, match=r"listening at 127\.0\.0\.1:7601"):
         HomeLock(tmp_path)
     assert find_running(tmp_path) is None
     oona.release()

@@ -25,6 +25,7 @@ def toml_of(values, prefix=""):
 
 
 def without_none(values):
+    """TOML has no word for nothing."""
     return {k: without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 

@@ -9,11 +9,15 @@ import time
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from esper.cli.connection import connect
 from esper.cli.lock import find_running
+from esper.cli.main import app
 from esper.cli.roster import SERVICES
+from esper.cli.state import State
 from esper.v1 import oona_service_pb2, urza_service_pb2
-from tests.services.cli.conftest import end, esper, gone, read_ready, wait_for
+from tests.services.cli.conftest import gone, wait_for
 
 QUIET = {"ESPER_LOGGING__LEVEL": "error"}
 
@@ -26,30 +30,36 @@ def workers_of(process):
     )
 
 
-def test_life_of_a_mesh(tmp_path, cli):
-    """Ready, stopped by SIGINT without a trace, started again with what it knew, killed with -9 without leaving workers, and
-    started once more, stopped by SIGTERM."""  # noqa: D205, D209
+def show_blueprint(home):
+    """The IR of a blueprint as the command writes it; nothing while the library does not have it yet."""
+    done = CliRunner().invoke(app, ["--home", str(home), "blueprints", "show", "low_rank"])
+    return done.stdout if done.exit_code == 0 else ""
+
+
+def test_life_of_a_mesh(tmp_path, cli, esper):
+    """A mesh is ready soon and stops without a trace; the next one knows what it knew; kill -9 leaves no worker behind.
+
+    SIGINT ends the first, SIGKILL the second, SIGTERM the third.
+    """
     home = tmp_path / "home"
     first = esper("--home", home, "up", "--port", 0, "--json", **QUIET)
-    ready = read_ready(first)
+    ready = first.ready()
     assert list(SERVICES) == ready["services"]
     assert (first.pid, ready["address"]) == (find_running(home).pid, find_running(home).address)
     used = sum(psutil.Process(first.pid).cpu_times()[:2])
     assert used < 5, f"{used} s of processor time until ready"
     mapped = {entry.path for entry in psutil.Process(first.pid).memory_maps()}
     assert not [path for path in mapped if "libtorch" in path]
-    ir = json.loads(wait_for(lambda: show_blueprint(cli, home), "the catalogue in the library"))
+    ir = json.loads(wait_for(lambda: show_blueprint(home), "the catalogue in the library"))
     (tmp_path / "mine.json").write_text(json.dumps({**ir, "name": "mine"}), encoding="utf-8")
     assert "stored" in cli("--home", home, "blueprints", "submit", tmp_path / "mine.json").stdout
     workers = workers_of(first)
-    first.send_signal(signal.SIGINT)
-    assert 0 == first.wait(30)
-    assert "" == first.stderr.read()
+    assert (0, "", "") == first.end(signal.SIGINT)
     assert gone(workers)
     assert find_running(home) is None
 
     second = esper("--home", home, "up", "--port", 0, "--json", **QUIET)
-    read_ready(second)
+    second.ready()
     assert "mine" in cli("--home", home, "blueprints", "show", "mine").stdout
     workers = workers_of(second)
     second.kill()
@@ -61,27 +71,15 @@ def test_life_of_a_mesh(tmp_path, cli):
     line = third.stdout.readline()
     assert "ready at" in line
     assert str(home) in line
-    assert 0 == end(third)
-    for process in (first, second):
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
+    assert 0 == third.end()[0]
 
 
-def show_blueprint(cli, home):
-    from typer.testing import CliRunner
-
-    from esper.cli.main import app
-
-    done = CliRunner().invoke(app, ["--home", str(home), "blueprints", "show", "low_rank"])
-    return done.stdout if done.exit_code == 0 else ""
-
-
-def test_stopping_while_starting(tmp_path):
+def test_stopping_while_starting(tmp_path, esper):
     """SIGTERM before the mesh is ready ends it just as cleanly."""
     process = esper("--home", tmp_path, "up", "--port", 0, **QUIET)
-    wait_for(lambda: (tmp_path / "mesh.lock").exists(), "the lock")
+    wait_for((tmp_path / "mesh.lock").exists, "the lock")
     time.sleep(0.1)
-    assert end(process) in {0, -signal.SIGTERM}
+    assert process.end()[0] in {0, -signal.SIGTERM}
     assert find_running(tmp_path) is None
 
 
@@ -113,7 +111,7 @@ def test_served_in_this_process_until_a_signal(cli, tmp_path):
     """One service alone is ready, says where, and ends with 0 on SIGTERM."""
 
     def stop_when_ready():
-        wait_for(lambda: (tmp_path / "oona.json").exists(), "the note")
+        wait_for((tmp_path / "oona.json").exists, "the note")
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_when_ready)
@@ -134,9 +132,11 @@ def free_ports(count):
 
 
 @pytest.mark.slow
-def test_services_apart_find_each_other(tmp_path, cli):
-    """Six processes, each with one service: the forge fills the library, the engine registers its key there, the library
-    announces on the bus, and each answers at its own address."""  # noqa: D205, D209
+def test_services_apart_find_each_other(tmp_path, cli, esper):
+    """Six processes, each with one service, work as one mesh does.
+
+    The forge fills the library, the engine registers its key there, the library announces on the bus.
+    """
     ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
     lines = ["schema_version = 1", f"home = '{tmp_path}/home'", "[logging]", "level = 'error'", "[addresses]"]
     lines += [f"{name} = '127.0.0.1:{port}'" for name, port in ports.items()]
@@ -147,9 +147,7 @@ def test_services_apart_find_each_other(tmp_path, cli):
     ]
     try:
         for name, process in zip(SERVICES, processes, strict=True):
-            assert [name] == read_ready(process)["services"]
-        from esper.cli.connection import connect
-        from esper.cli.state import State
+            assert [name] == process.ready()["services"]
 
         def at(name):
             return connect(State(mesh=f"127.0.0.1:{ports[name]}"))
@@ -172,5 +170,5 @@ def test_services_apart_find_each_other(tmp_path, cli):
         # A service that is not at this address says so; it is no crash of the command.
         assert "error" in cli("--mesh", address, "topics", "list", code=5).stderr
     finally:
-        statuses = [end(process) for process in processes]
+        statuses = [process.end()[0] for process in processes]
     assert [0] * len(SERVICES) == statuses
