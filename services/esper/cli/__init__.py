@@ -2,6 +2,6 @@
 
 import os
 
-# Read by gRPC when it is first imported, so it stands here. Workers of a mesh are programs of their own; what gRPC does at
-# a fork, for processes that would go on with its channels, is only noise on standard error.
+# Read by gRPC when it is first imported, so it stands here. Workers of a mesh are programs of their own: what gRPC does
+# at a fork, for processes that would go on with its channels, is only noise on standard error.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")

@@ -75,9 +75,7 @@ class Board:
         if self._said.get(run.id) == now:
             return
         self._said[run.id] = now
-        self._console.print(
-            f"{run.id}  {arm_name(run)}  {state_name(run)}  {_summary(run)}", markup=False, soft_wrap=True
-        )
+        self._console.print(_line(run), markup=False, soft_wrap=True)
 
     def _draw(self) -> RenderableType:
         with self._guard:
@@ -87,7 +85,7 @@ class Board:
 def _blocks(runs: Iterable[Run]) -> Iterable[RenderableType]:
     for run in runs:
         if run.state in FINAL_STATES:
-            yield Text(f"{run.id}  {arm_name(run)}  {state_name(run)}  {_summary(run)}", style="dim")
+            yield Text(_line(run), style="dim")
             continue
         progress = run.progress
         head = Table.grid(padding=(0, 2))
@@ -109,6 +107,12 @@ def _blocks(runs: Iterable[Run]) -> Iterable[RenderableType]:
             yield Text(f"    {progress.last_decision}", style="italic")
 
 
+def _line(run: Run) -> str:
+    ended = run.state in FINAL_STATES
+    parts = (run.id, arm_name(run), state_name(run), "" if ended else run.progress.phase, _summary(run))
+    return "  ".join(part for part in parts if part)
+
+
 def _summary(run: Run) -> str:
     progress = run.progress
     parts = [f"epoch {progress.epoch:.0f}/{progress.epochs:.0f}"] if progress.epochs else []
@@ -120,4 +124,4 @@ def _summary(run: Run) -> str:
         parts.append(f"accuracy {100 * progress.validation_accuracy:.1f} %")
     if progress.parameters:
         parts.append(f"{progress.parameters} parameters")
-    return "  ".join(parts) or progress.phase
+    return "  ".join(parts)

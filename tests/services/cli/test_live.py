@@ -43,7 +43,7 @@ def test_without_a_terminal_one_line_for_each_change():
     lines = written.getvalue().splitlines()
     assert 1 + 5 + 1 == len(lines)
     assert "loading data" in lines[0]
-    assert "epoch 2/8  train 0.5000  validation 0.2500  accuracy 75.0 %  1050 parameters" in lines[2]
+    assert "training  epoch 2/8  train 0.5000  validation 0.2500  accuracy 75.0 %  1050 parameters" in lines[2]
     assert "succeeded" in lines[-1]
 
 

@@ -18,6 +18,7 @@ from esper.mesh.errors import Corrupt, InvalidInput
 from esper.v1 import blob_pb2, tolaria_service_pb2
 from tests.services.cli.conftest import QUICK, wait_for
 
+LEAN = (*QUICK, "--set", "artifacts.export=false")
 LONG = ("--set", "schedule.epochs=900", "--set", "control.prepare_wait_s=0")
 
 
@@ -78,7 +79,7 @@ def test_export_loads_without_esper(mesh_cli, finished_run, tmp_path):
 def test_a_comparison_over_a_remote_mesh(cli, running_mesh, tmp_path):
     """`train --compare` knows nothing of the mesh but its address; it gives every arm, the differences, one verdict."""
     shown = cli(
-        "--mesh", running_mesh.address, "train", "digits", "--compare", "--seeds", 1, *QUICK, "--report", tmp_path
+        "--mesh", running_mesh.address, "train", "digits", "--compare", "--seeds", 1, *LEAN, "--report", tmp_path
     )
     for part in (
         "grown - host",
@@ -132,7 +133,7 @@ def state_of_run(client, run_id):
 
 
 def test_a_run_resumed_to_its_end(mesh_cli, client):
-    """`train` ends with 0 when somebody else pauses its run, and says how to go on; `runs resume` follows it to its end."""
+    """`train` ends with 0 when someone else pauses its run, and says how to go on; `runs resume` follows to the end."""
     listing = tolaria_service_pb2.ListRunsRequest()
 
     def pause_when_there():
@@ -143,7 +144,7 @@ def test_a_run_resumed_to_its_end(mesh_cli, client):
 
     other = threading.Thread(target=pause_when_there)
     other.start()
-    done = mesh_cli("train", "digits", "--seed", 77, *QUICK)
+    done = mesh_cli("train", "digits", "--seed", 77, *LEAN)
     other.join()
     run_id = done.stderr.rpartition("esper runs resume ")[2].strip()
     assert f"run {run_id} paused" in done.stderr
@@ -208,7 +209,7 @@ def test_a_download_is_whole_and_stays_in_its_folder(tmp_path):
 
 @pytest.mark.slow
 def test_training_goes_on_while_the_mesh_restarts(tmp_path, esper):
-    """A command follows its run through a mesh that is killed and started again at its address; the run never stopped."""
+    """A command follows its run through a mesh that is killed and started again there; the run never stopped."""
     home, quiet = tmp_path / "h", {"ESPER_LOGGING__LEVEL": "error"}
     first = esper("--home", home, "up", "--port", 0, "--json", **quiet)
     address = first.ready()["address"]
