@@ -33,6 +33,7 @@ EXAMPLES = (
 )
 _REPORT_FILES = frozenset({"report.json", "report.html"})
 _PAUSE_LIMIT_S = 60.0
+_RETURN_LIMIT_S = 15.0
 
 
 @dataclass
@@ -78,7 +79,8 @@ class _Session:
                 continue
             request = tolaria_service_pb2.PauseRunRequest(run_id=run.id)
             try:
-                self.mesh.tolaria.PauseRun(request, timeout=self.mesh.timeout)
+                # A mesh that has just come back is waited for; one that is gone is not waited for long.
+                self.mesh.tolaria.PauseRun(request, timeout=_RETURN_LIMIT_S, wait_for_ready=True)
                 asked.append(run.id)
             except grpc.RpcError as error:  # it has just ended, or the mesh is gone: nothing to pause
                 say(f"{run.id} was not paused: {from_rpc_error(error).public}", markup=False, soft_wrap=True)
