@@ -1,5 +1,7 @@
 """deploy/envoy.yaml, judged by the real Envoy: it loads, routes by service, and lets long streams live."""
 
+from __future__ import annotations
+
 import asyncio
 import re
 import shutil
@@ -11,7 +13,8 @@ import grpc
 import pytest
 
 from esper.cli.assembly import EmbeddedMesh
-from esper.cli.settings import SERVICES, Settings
+from esper.cli.roster import SERVICES
+from esper.cli.settings import Settings
 from esper.mesh.channel import open_channel
 from esper.mesh.settings import ServerSettings
 from esper.v1 import oona_service_pb2, oona_service_pb2_grpc, urza_service_pb2, urza_service_pb2_grpc

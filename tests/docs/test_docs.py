@@ -24,7 +24,17 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "Makefile").symlink_to(ROOT / "Makefile")
-        for name in ("examples", "proto", "third_party", "buf.yaml", "docs", "loadtests", "deploy"):
+        for name in (
+            "examples",
+            "proto",
+            "third_party",
+            "buf.yaml",
+            "docs",
+            "loadtests",
+            "deploy",
+            "pyproject.toml",
+            "constraints.txt",
+        ):
             (folder / name).symlink_to(ROOT / name)
         bin_dir = Path(sys.executable).parent
         self.environment = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "COLUMNS": "160", "NO_COLOR": "1"}
