@@ -13,12 +13,19 @@ from esper.mesh.errors import Unavailable
 from tests.services.cli.conftest import clean_environment, gone, wait_for
 
 
+def _command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended while we looked
+        return ""
+
+
 def test_a_mesh_of_its_own_for_one_command(cli, tmp_path):
     """With no mesh on the home directory, a command that needs one starts it, and leaves nothing running."""
     topics = json.loads(cli("--home", tmp_path / "h", "topics", "list", "--json").stdout)
     assert "run-events" in {topic["name"] for topic in topics}
     assert find_running(tmp_path / "h") is None
-    assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in _command(p)]
 
 
 def test_a_killed_command_takes_its_mesh_along(tmp_path, esper):
