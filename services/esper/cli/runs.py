@@ -112,8 +112,8 @@ def _print(state: State, run: Run) -> None:
         out.print(f"  parameters  {result.host_parameters} host, {result.final_parameters} at the end")
         out.print(f"  training    {result.training_flops:.3g} FLOPs, {result.training_time.ToTimedelta()}")
         for kernel in result.kernel_ids:
-            out.print(f"  kernel      {kernel}")
-        out.print(f"  weights     {result.weights_digest}")
+            out.print(f"  kernel      {kernel}", markup=False, soft_wrap=True)
+        out.print(f"  weights     {result.weights_digest}", markup=False, soft_wrap=True)
 
 
 def follow(mesh: Mesh, run_id: str, board: Board) -> Run:
