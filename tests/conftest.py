@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,11 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell starts its background jobs with SIGINT ignored, and every process below inherits that: the commands under test
+# would never see the Ctrl-C that a test sends them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
