@@ -8,7 +8,7 @@ restarted, moved or replaced between two boundaries. A value that was not measur
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -353,17 +353,6 @@ class ControlPlane(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Deliver what is buffered, at most for `timeout_s`, and let go of the mesh."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedAdvice:
-    """Decisions of an earlier run by boundary: replays a run exactly, without a controller."""
-
-    advice: tuple[Advice, ...] = field(default_factory=tuple)
-
-    def at(self, boundary: int) -> Advice | None:
-        """The advice recorded for a boundary, or None."""
-        return next((a for a in self.advice if a.boundary == boundary), None)
 
 
 def living(seeds: Sequence[SeedState]) -> int:

@@ -28,7 +28,7 @@ class LocalPlane:
 
     Args:
         kernels: by id; a kernel that is not here is never ready.
-        advise: the policy; None never decides anything. ``RecordedAdvice(...).at`` behind a lambda replays a run.
+        advise: the policy; None never decides anything.
     """
 
     def __init__(
