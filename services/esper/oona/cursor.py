@@ -51,6 +51,8 @@ class Cursor:
         """Whether the position has changed since `clean`."""
         self.fetch = position.watermark
         """Offset of the next event to read."""
+        self.spent: list[Item] = []
+        """Events held because the server went down during their last attempt; the group takes them from here."""
         self._limit = limit
         self._resume = dict(position.pending)
         self._resume_end = position.next
@@ -96,8 +98,12 @@ class Cursor:
         self.dirty = True
         return unread + len(lost)
 
-    def take(self, now: float, most: int) -> list[Item]:
-        """Deliver up to `most` events that may be delivered now: those due again first, then fresh ones."""
+    def take(self, now: float, most: int, max_attempts: int | None = None) -> list[Item]:
+        """Deliver up to `most` events that may be delivered now: those due again first, then fresh ones.
+
+        An event that had its last attempt before the server went down is not delivered: it is held, before a later
+        event of its key can be taken, and added to `spent`.
+        """
         taken: list[Item] = []
         while self._timers and len(taken) < most and self._timers[0][0] <= now:
             _, _, lane = heappop(self._timers)
@@ -112,6 +118,10 @@ class Cursor:
         lanes, buffer = self._lanes, self._buffer
         while buffer and len(taken) < most:
             item = buffer.popleft()
+            if max_attempts is not None and item.attempts >= max_attempts:
+                self._wait(item, inf)
+                self.spent.append(item)
+                continue
             queue = lanes.get(item.event.key) if lanes and item.event.key else None
             if queue is None:
                 taken.append(self._deliver(item))
@@ -127,13 +137,7 @@ class Cursor:
     def retry(self, item: Item, due: float) -> None:
         """The event was not handled: deliver it again from `due` on; until then nothing of its key is delivered."""
         self.in_flight -= 1
-        item.due = due
-        self.dirty = True
-        lane = item.event.key or item.offset
-        queue = self._lanes.setdefault(lane, [])
-        insort(queue, item, key=_offset)
-        if queue[0] is item and due < inf:
-            self._arm(lane, item)
+        self._wait(item, due)
 
     def hold(self, item: Item) -> None:
         """The event has no attempt left: it blocks its key until `buried`."""
@@ -171,6 +175,15 @@ class Cursor:
         self.in_flight += 1
         self.dirty = True
         return item
+
+    def _wait(self, item: Item, due: float) -> None:
+        item.due = due
+        self.dirty = True
+        lane = item.event.key or item.offset
+        queue = self._lanes.setdefault(lane, [])
+        insort(queue, item, key=_offset)
+        if queue[0] is item and due < inf:
+            self._arm(lane, item)
 
     def _finish(self, item: Item) -> None:
         del self._outstanding[item.event.offset]

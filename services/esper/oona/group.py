@@ -130,21 +130,18 @@ class Group:
         size = 0
         for cursor in self.readable(member):
             # In steps, because the bytes are known only once an event is taken.
-            while room and size < most_bytes and (items := cursor.take(now, min(room, 16))):
+            while room and size < most_bytes and (items := cursor.take(now, min(room, 16), self._policy.max_attempts)):
                 room -= len(items)
                 for item in items:
-                    if self._spent(item):
-                        # Its last attempt was under way when the server went down: it counts.
-                        item.attempts -= 1
-                        cursor.hold(item)
-                        self.exhausted.append(Exhausted(cursor, item, "no answer before the server restarted"))
-                        continue
                     size += len(item.event.data)
                     number = member.next_id
                     member.next_id = number + 1
                     member.in_flight[number] = (cursor, item)
                     self.redelivered += item.attempts > 1
                     deliveries.append(Delivered(number, item.event, item.attempts))
+            for item in cursor.spent:
+                self.exhausted.append(Exhausted(cursor, item, "no answer before the server restarted"))
+            cursor.spent.clear()
         if deliveries:
             member.credit -= len(deliveries)
             self._due_by(member, now + member.ack_timeout_s, deliveries[-1].delivery_id)
@@ -233,9 +230,6 @@ class Group:
             self.exhausted.append(Exhausted(cursor, item, cause))
         else:
             cursor.retry(item, due)
-
-    def _spent(self, item: Item) -> bool:
-        return self._policy.max_attempts is not None and item.attempts > self._policy.max_attempts
 
     def _moving(self, cursor: Cursor) -> bool:
         return self._owner[cursor.partition] is not self._target[cursor.partition]

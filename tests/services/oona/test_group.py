@@ -228,3 +228,16 @@ def test_last_attempt_before_a_restart_counts():
     (dead,) = group.exhausted
     assert ("0", 3, "no answer before the server restarted") == (dead.item.event.id, dead.item.attempts, dead.cause)
     assert 1 == group.in_flight() == cursor.in_flight
+
+
+def test_an_event_spent_before_a_restart_blocks_its_key_until_it_is_buried():
+    """Later events of its key wait for the dead letter, although they were read in one go with it."""
+    cursor = Cursor(0, GroupPosition(3, ((0, 3), (1, 0), (2, 0))), limit=10)
+    cursor.feed(StoredEvent(0, o, str(o), key, b"", 0) for o, key in enumerate(("k", "k", "other")))
+    group = Group([cursor], RetryPolicy(max_attempts=3), max_in_flight=9)
+    group.join(who := member())
+    assert ["2"] == [d.event.id for d in poll(group, who)]
+    (dead,) = group.exhausted
+    assert [] == poll(group, who)
+    dead.cursor.buried(dead.item)
+    assert ["1"] == [d.event.id for d in poll(group, who)]
