@@ -106,13 +106,23 @@ def _code(call: RpcCall, error: BaseException | None) -> str:
     if isinstance(error, EsperError):
         return error.code.name
     if is_cancellation(error):
-        # gRPC cancels the handler for either reason; only the clock tells which.
-        remaining = call.context.time_remaining()
-        return "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+        return "DEADLINE_EXCEEDED" if _ran_out(call) else "CANCELLED"
     code = call.context.code()  # set by a handler that aborts by itself; 0 or None means OK
     if not code:
         return "OK" if error is None else "UNKNOWN"
     return code.name if isinstance(code, grpc.StatusCode) else _NAMES.get(code, "UNKNOWN")
+
+
+def _ran_out(call: RpcCall) -> bool:
+    """Whether a cancelled call had used up its time: gRPC cancels the handler for either reason, only the clock tells.
+
+    The caller's clock started earlier, by the time that the request took to arrive: when it gives up, a little of the
+    deadline is left here. So the last tenth counts as spent, or the last tenth of a second where that is less.
+    """
+    remaining, budget = call.context.time_remaining(), call.notes.get("remaining_s")
+    if remaining is None or budget is None:
+        return False
+    return bool(remaining <= min(0.1, 0.1 * budget))
 
 
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
