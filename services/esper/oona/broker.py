@@ -64,7 +64,8 @@ class BrokerOptions:
     """Most events of one message to a subscriber."""
 
     delivery_bytes: int = 1 << 20
-    """Bytes beyond which a message to a subscriber takes no further event."""
+    """Most bytes of events in one message to a subscriber; a larger event comes alone. Well below what a client takes
+    (4 MiB): a message that it cannot take, it could never acknowledge."""
 
     max_groups: int = 1024
     """Consumer groups of one topic."""

@@ -19,10 +19,12 @@ __all__ = ["Cursor", "Item"]
 class Item:
     """One event on its way through a group."""
 
-    __slots__ = ("attempts", "due", "event")
+    __slots__ = ("attempts", "due", "event", "size")
 
     def __init__(self, event: StoredEvent, attempts: int = 0) -> None:
         self.event = event
+        self.size = len(event.data)
+        """Bytes of the event."""
         self.attempts = attempts
         """Deliveries made so far."""
         self.due = 0.0
@@ -98,35 +100,57 @@ class Cursor:
         self.dirty = True
         return unread + len(lost)
 
-    def take(self, now: float, most: int, max_attempts: int | None = None) -> list[Item]:
-        """Deliver up to `most` events that may be delivered now: those due again first, then fresh ones.
+    def take(
+        self, now: float, most: int, max_attempts: int | None = None, *, most_bytes: float = inf, first: bool = True
+    ) -> list[Item]:
+        """Deliver what may be delivered now: events due again first, then fresh ones, until one has no room.
 
         An event that had its last attempt before the server went down is not delivered: it is held, before a later
         event of its key can be taken, and added to `spent`.
+
+        Args:
+            now: the present.
+            most: events at most.
+            max_attempts: deliveries that an event may have; None is any number.
+            most_bytes: their bytes at most.
+            first: an event larger than `most_bytes` may be taken if it is the only one: nothing else would ever be
+                delivered behind it.
         """
         taken: list[Item] = []
+        size = 0
+
+        def fits(item: Item) -> bool:
+            return size + item.size <= most_bytes or (first and not taken)
+
         while self._timers and len(taken) < most and self._timers[0][0] <= now:
-            _, _, lane = heappop(self._timers)
+            _, _, lane = self._timers[0]
             queue = self._lanes.get(lane)
-            if not queue:
-                continue
-            if queue[0].due > now:
-                self._arm(lane, queue[0])
-                continue
-            taken.append(self._deliver(queue.pop(0)))
-            self._next_of(lane, queue)
+            if queue and queue[0].due <= now:
+                if not fits(queue[0]):
+                    return taken
+                heappop(self._timers)
+                size += queue[0].size
+                taken.append(self._deliver(queue.pop(0)))
+                self._next_of(lane, queue)
+            else:
+                heappop(self._timers)
+                if queue:
+                    self._arm(lane, queue[0])
         lanes, buffer = self._lanes, self._buffer
         while buffer and len(taken) < most:
-            item = buffer.popleft()
+            item = buffer[0]
             if max_attempts is not None and item.attempts >= max_attempts:
-                self._wait(item, inf)
+                self._wait(buffer.popleft(), inf)
                 self.spent.append(item)
                 continue
             queue = lanes.get(item.event.key) if lanes and item.event.key else None
-            if queue is None:
-                taken.append(self._deliver(item))
+            if queue is not None:
+                queue.append(buffer.popleft())
+            elif fits(item):
+                size += item.size
+                taken.append(self._deliver(buffer.popleft()))
             else:
-                queue.append(item)
+                break
         return taken
 
     def done(self, item: Item) -> None:

@@ -124,21 +124,25 @@ class Group:
         return max(0, min(member.credit, self._max_in_flight - len(member.in_flight)))
 
     def poll(self, member: Member, now: float, most: int, most_bytes: int) -> list[Delivered]:
-        """Deliver what the member may have: at most `most` events, and none more once `most_bytes` are reached."""
+        """Deliver what the member may have: at most `most` events of `most_bytes`, or one that is larger than that."""
         deliveries: list[Delivered] = []
         room = min(most, self.room(member))
         size = 0
         for cursor in self.readable(member):
-            # In steps, because the bytes are known only once an event is taken.
-            while room and size < most_bytes and (items := cursor.take(now, min(room, 16), self._policy.max_attempts)):
-                room -= len(items)
-                for item in items:
-                    size += len(item.event.data)
-                    number = member.next_id
-                    member.next_id = number + 1
-                    member.in_flight[number] = (cursor, item)
-                    self.redelivered += item.attempts > 1
-                    deliveries.append(Delivered(number, item.event, item.attempts))
+            items = cursor.take(
+                now,
+                room - len(deliveries),
+                self._policy.max_attempts,
+                most_bytes=most_bytes - size,
+                first=not deliveries,
+            )
+            for item in items:
+                size += item.size
+                number = member.next_id
+                member.next_id = number + 1
+                member.in_flight[number] = (cursor, item)
+                self.redelivered += item.attempts > 1
+                deliveries.append(Delivered(number, item.event, item.attempts))
             for item in cursor.spent:
                 self.exhausted.append(Exhausted(cursor, item, "no answer before the server restarted"))
             cursor.spent.clear()

@@ -192,11 +192,11 @@ class Reader:
             batch: list[Delivered] = []
             size = 0
             for event in events[:most]:
+                size += len(event.data)
+                if batch and size > self._broker.options.delivery_bytes:
+                    break
                 self._count += 1
                 batch.append(Delivered(self._count, event, 0))
-                size += len(event.data)
-                if size >= self._broker.options.delivery_bytes:
-                    break
             if batch:
                 self._next[partition] = batch[-1].event.offset + 1
                 return batch

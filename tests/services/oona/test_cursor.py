@@ -30,6 +30,23 @@ def test_takes_in_order():
     assert 3 == cursor.in_flight
 
 
+def test_takes_no_more_bytes_than_asked_for():
+    """What does not fit is the first of the next batch, whether it is fresh or due again; a large event comes alone."""
+    cursor = Cursor(0, GroupPosition(0), limit=100)
+    cursor.feed(stored(offset, data=bytes(size)) for offset, size in enumerate((4, 5, 3, 20, 1)))
+    first = cursor.take(0.0, 9, most_bytes=10)
+    assert [0, 1] == offsets(first)
+    for item in first:
+        cursor.retry(item, 1.0)
+    assert [] == cursor.take(1.0, 9, most_bytes=3, first=False)
+    assert 1.0 == cursor.next_due()
+    assert [0] == offsets(cursor.take(1.0, 9, most_bytes=8))
+    assert [1, 2] == offsets(cursor.take(1.0, 9, most_bytes=8))
+    assert [] == cursor.take(1.0, 9, most_bytes=19, first=False)
+    assert [3] == offsets(cursor.take(1.0, 9, most_bytes=19))
+    assert [4] == offsets(cursor.take(1.0, 9, most_bytes=19))
+
+
 def test_waiting_event_blocks_its_key_only():
     """While an event waits for redelivery later ones of its key wait too, those of other keys and of none do not."""
     cursor = fed("a", "a", "b", "", "a")

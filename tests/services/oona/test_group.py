@@ -96,12 +96,14 @@ def test_in_flight_is_bounded_whatever_the_credit():
 
 
 def test_batch_ends_at_its_bytes():
-    """No step begins once the bytes are reached."""
-    group = group_of(1, [100])
+    """No event passes the bytes, from whichever partition, except one that comes alone."""
+    group = group_of(2, [100, 100])
     who = member()
     group.join(who)
-    assert 16 == len(poll(group, who, most_bytes=10))
+    assert 2 == len(poll(group, who, most_bytes=11))
+    assert 1 == len(poll(group, who, most_bytes=1))
     assert 5 == len(poll(group, who, most=5))
+    assert 192 == len(poll(group, who, most_bytes=4 * 192))
 
 
 def test_backoff_doubles_up_to_its_limit():

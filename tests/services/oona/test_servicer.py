@@ -346,6 +346,16 @@ class TestSubscribe:
             found = await receive(settings["call"], 6 - begin)
             assert list(range(begin, 6)) == [int(d.event.payload) for d in found]
 
+    @pytest.mark.parametrize("group", ["", "g"])
+    async def test_large_events_come_in_messages_that_a_client_takes(self, bus, group):
+        """Many events of the largest payload reach an ordinary client, each at its first attempt."""
+        await bus.make("large", partitions=2)
+        for n in range(10):
+            await bus.publish("large", [make_event(n, key=f"k{n}", payload=bytes(1 << 20))])
+        found = await receive(await bus.open("large", group=group), 10)
+        assert {f"event-{n}" for n in range(10)} == {d.event.id for d in found}
+        assert {1 if group else 0} == {d.attempt for d in found}
+
     async def test_time_without_a_time(self, bus):
         """TIME needs a moment."""
         for group in ("", "g"):
