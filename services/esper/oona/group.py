@@ -3,6 +3,9 @@
 Partitions are shared out evenly and stickily: who has one keeps it unless fairness demands otherwise. A partition
 changes hands only when nothing of it is in flight with its old owner, so that an event is with one member at a time and
 a key's order survives the change.
+
+A member that let the time for an answer pass is silent: it gets no partition until it speaks again, because one that
+hangs would keep its partitions, and all that is in them, for ever. Where everybody is silent all are served as before.
 """
 
 from collections import deque
@@ -71,6 +74,8 @@ class Member:
     next_id: int = 1
     turn: int = 0
     """Rotates the partition that is served first."""
+    silent: bool = False
+    """Whether it let the time for an answer pass and has not spoken since."""
 
 
 class Group:
@@ -93,6 +98,7 @@ class Group:
         self._max_in_flight = max_in_flight
         self._owner: list[Member | None] = [None] * len(self.cursors)
         self._target: list[Member | None] = [None] * len(self.cursors)
+        self._changed = False
 
     def join(self, member: Member) -> None:
         """Add a member and share the partitions out anew."""
@@ -151,8 +157,14 @@ class Group:
             self._due_by(member, now + member.ack_timeout_s, deliveries[-1].delivery_id)
         return deliveries
 
+    def grant(self, member: Member, credit: int) -> None:
+        """The member may be given this many more events."""
+        member.credit += credit
+        self._heard(member)
+
     def ack(self, member: Member, delivery_ids: Iterable[int]) -> int:
         """The member has handled these; return how many were still its own to answer."""
+        self._heard(member)
         known = 0
         pop = member.in_flight.pop
         for number in delivery_ids:
@@ -174,6 +186,7 @@ class Group:
             reason: why; kept with the dead letter.
             delay_s: wait before delivering again; None means the policy's backoff.
         """
+        self._heard(member)
         known = 0
         for number in delivery_ids:
             found = member.in_flight.pop(number, None)
@@ -185,27 +198,36 @@ class Group:
         return known
 
     def expire(self, now: float) -> int:
-        """Take back what was not answered in time; return how many."""
+        """Take back what was not answered in time; return how many. Their members are silent from now on."""
         count = 0
+        fallen = False
         for member in self.members:
-            while member.deadlines and member.deadlines[0][0] <= now:
-                _, last = member.deadlines.popleft()
-                # Ids ascend and dictionaries keep their order: the overdue ones come first.
-                overdue = list(takewhile(last.__ge__, member.in_flight))
-                for number in overdue:
-                    cursor, item = member.in_flight.pop(number)
-                    wait = self._policy.delay_s(item.attempts)
-                    self._failed(cursor, item, now + wait, f"no answer within {member.ack_timeout_s:g} s")
-                count += len(overdue)
+            overdue = self._overdue(member, now)
+            for number in overdue:
+                cursor, item = member.in_flight.pop(number)
+                wait = self._policy.delay_s(item.attempts)
+                self._failed(cursor, item, now + wait, f"no answer within {member.ack_timeout_s:g} s")
+            if overdue and not member.silent:
+                member.silent = fallen = True
+            count += len(overdue)
+        if fallen:
+            self._rebalance()
         return count
 
+    @staticmethod
+    def _overdue(member: Member, now: float) -> list[int]:
+        last = 0
+        while member.deadlines and member.deadlines[0][0] <= now:
+            _, last = member.deadlines.popleft()
+        # Ids ascend and dictionaries keep their order: the overdue ones come first.
+        return list(takewhile(last.__ge__, member.in_flight))
+
     def settle(self) -> bool:
-        """Hand over partitions whose old owner has answered for everything; whether any changed hands."""
-        changed = False
-        for cursor in self.cursors:
-            if self._moving(cursor) and cursor.in_flight == 0:
-                self._owner[cursor.partition] = self._target[cursor.partition]
-                changed = True
+        """Hand over partitions whose old owner has answered for everything; whether any changed hands since the last
+        time.
+        """  # noqa: D205  # one sentence of two lines
+        self._hand_over()
+        changed, self._changed = self._changed, False
         return changed
 
     def next_due(self) -> float:
@@ -238,16 +260,32 @@ class Group:
     def _moving(self, cursor: Cursor) -> bool:
         return self._owner[cursor.partition] is not self._target[cursor.partition]
 
+    def _hand_over(self) -> None:
+        for cursor in self.cursors:
+            if self._moving(cursor) and cursor.in_flight == 0:
+                self._owner[cursor.partition] = self._target[cursor.partition]
+                self._changed = True
+
+    def _heard(self, member: Member) -> None:
+        if member.silent:
+            member.silent = False
+            self._rebalance()
+
     def _rebalance(self) -> None:
         """Share out: nobody has two partitions more than another, and as few as possible change hands."""
-        self._target = [owner if owner in self.members else None for owner in self._target]
-        if not self.members:
-            self._owner = list(self._target)
-            return
-        low, extra = divmod(len(self.cursors), len(self.members))
-        load = {id(m): self._target.count(m) for m in self.members}
+        # An owner who has gone answers for nothing any more.
+        self._owner = [owner if owner in self.members else None for owner in self._owner]
+        takers = [member for member in self.members if not member.silent] or self.members
+        self._target = [owner if owner in takers else None for owner in self._target]
+        if takers:
+            self._share_out(takers)
+        self._hand_over()
+
+    def _share_out(self, takers: Sequence[Member]) -> None:
+        low, extra = divmod(len(self.cursors), len(takers))
+        load = {id(m): self._target.count(m) for m in takers}
         # The members with most keep the larger shares; ties go to those who came first.
-        order = sorted(self.members, key=lambda m: -load[id(m)])
+        order = sorted(takers, key=lambda m: -load[id(m)])
         share = {id(m): low + (place < extra) for place, m in enumerate(order)}
         for partition in reversed(range(len(self._target))):
             target = self._target[partition]
@@ -259,6 +297,3 @@ class Group:
                 taker = next(m for m in order if load[id(m)] < share[id(m)])
                 load[id(taker)] += 1
                 self._target[partition] = taker
-        # An owner who has gone answers for nothing any more.
-        self._owner = [owner if owner in self.members else None for owner in self._owner]
-        self.settle()

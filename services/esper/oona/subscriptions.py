@@ -118,8 +118,8 @@ class GroupSubscription:
 
     def credit(self, more: int) -> None:
         """Allow further deliveries."""
-        self._member.credit += more
-        self.wake.set()
+        self._state.group.grant(self._member, more)
+        self._after_answer()
 
     def ack(self, delivery_ids: Iterable[int]) -> None:
         """Count deliveries as handled; ids that are not this member's to answer (any more) are passed over."""

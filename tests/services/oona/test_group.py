@@ -61,6 +61,7 @@ def test_partition_moves_only_when_answered():
     group.join(new := member())
     moved = group.partitions_of(new)
     assert 1 == len(moved)
+    group.settle()
     group.cursors[moved[0]].feed([StoredEvent(moved[0], 4, "late", "", b"", 0)])
     assert [] == poll(group, new)
     theirs = [d.delivery_id for d in everything if d.event.partition == moved[0]]
@@ -128,6 +129,44 @@ def test_unanswered_delivery_comes_again():
     assert 1 == group.redelivered
     assert 1 == group.ack(who, [second.delivery_id])
     assert 0 == group.lag([1])
+
+
+def test_a_member_that_hangs_loses_its_partitions():
+    """What a silent member let pass goes to one that answers, though the silent one has no credit left for it."""
+    group = group_of(2, [2, 2])
+    hung, idle = member(credit=2, timeout=10.0), member()
+    group.join(hung)
+    group.join(idle)
+    assert 2 == len(poll(group, hung))
+    group.ack(idle, [d.delivery_id for d in poll(group, idle)])
+    assert 2 == group.expire(10.0)
+    assert group.settle()
+    assert [0, 1] == group.partitions_of(idle)
+    assert [2, 2] == [d.attempt for d in poll(group, idle, 11.0)]
+
+
+def test_a_silent_member_that_speaks_again_gets_its_share():
+    """A late answer, a refusal and a grant of credit each bring a member back; so does everybody's silence."""
+    for speak in (
+        lambda group, who: group.ack(who, [1]),
+        lambda group, who: group.nack(who, [], 10.0),
+        lambda group, who: group.grant(who, 1),
+    ):
+        group = group_of(2, [1, 1])
+        slow, other = member(), member(timeout=20.0)
+        group.join(slow)
+        group.join(other)
+        poll(group, slow)
+        poll(group, other)
+        assert 1 == group.expire(10.0)
+        assert [] == group.partitions_of(slow)
+        speak(group, slow)
+        assert 1 == len(group.partitions_of(slow)) == len(group.partitions_of(other))
+        assert 1 == group.expire(20.0)
+        assert [0, 1] == group.partitions_of(slow)
+        assert 2 == len(poll(group, slow, 30.0))
+        assert 2 == group.expire(40.0)
+        assert 1 == len(group.partitions_of(slow)) == len(group.partitions_of(other))
 
 
 def test_answered_deliveries_do_not_expire():

@@ -59,7 +59,11 @@ class GroupMachine(RuleBasedStateMachine):
     def poll(self, member, credit):
         if member not in self.alive:
             return
-        member.credit += credit
+        if credit:
+            self.group.grant(member, credit)
+        self.receive(member)
+
+    def receive(self, member):
         for cursor in self.group.readable(member):
             end = self.log[cursor.partition]
             cursor.feed(end[cursor.fetch : cursor.fetch + cursor.room()])
@@ -138,22 +142,34 @@ class GroupMachine(RuleBasedStateMachine):
         shared = sorted(p for m in self.group.members for p in self.group.partitions_of(m))
         assert shared == (list(range(PARTITIONS)) if self.group.members else [])
 
+    @invariant()
+    def silent_members_have_nothing_while_another_speaks(self):
+        if any(not m.silent for m in self.group.members):
+            assert [] == [p for m in self.group.members if m.silent for p in self.group.partitions_of(m)]
+
     def teardown(self):
         """Whatever happened, a patient member gets everything that is left: nothing is lost."""
         self.bury(fails=False)
         for member in list(self.alive):
             self.leave(member)
-        member = self.join(credit=0, timeout=5.0)
+        self.work_off()
+
+    def work_off(self):
+        """A patient member comes and goes on until nothing is left."""
+        patient = self.join(credit=0, timeout=5.0)
         for _ in range(10_000):
             if len(self.done) + len(self.dead) == sum(len(log) for log in self.log):
                 break
-            self.now += 10.0
+            self.pass_time(10.0)
             self.bury(fails=False)
-            self.poll(member, 10)
-            for identity, (_, delivery) in list(self.out.items()):
-                self.group.ack(member, [delivery.delivery_id])
-                del self.out[identity]
-                self.done.add(identity)
+            self.poll(patient, 10)
+            for identity, (member, delivery) in list(self.out.items()):
+                if member is patient:
+                    self.group.ack(member, [delivery.delivery_id])
+                    del self.out[identity]
+                    self.done.add(identity)
+            for member in self.alive:
+                self.receive(member)
         self.lag_is_exact()
         assert not self.done & self.dead
         assert len(self.done) + len(self.dead) == sum(len(log) for log in self.log)
@@ -161,3 +177,17 @@ class GroupMachine(RuleBasedStateMachine):
 
 TestGroupMachine = GroupMachine.TestCase
 TestGroupMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class HangingMachine(GroupMachine):
+    """As above, but at the end no member leaves: all hang, with credit and deliveries, beside the patient one."""
+
+    def teardown(self):
+        """Members that never speak again keep nothing from the one that does."""
+        for member in self.alive:
+            self.poll(member, 3)
+        self.work_off()
+
+
+TestHangingMachine = HangingMachine.TestCase
+TestHangingMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
