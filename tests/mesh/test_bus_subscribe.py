@@ -103,6 +103,23 @@ async def test_refused_events_come_again(tmp_path):
         assert (0, 0) == await lag(channel, "g")
 
 
+async def test_a_delay_beyond_the_bound_is_the_longest_one(tmp_path):
+    """A refusal for days waits for the longest time that the contract has; it does not break the stream."""
+    async with bus_at(tmp_path) as (_, channel):
+        await put(channel, range(2))
+        async with BusSubscriber(channel, "decisions", group="g") as subscriber:
+            seen = []
+            async with asyncio.timeout(10):
+                async for delivery in subscriber:
+                    seen.append((int(delivery.event.payload), delivery.attempt))
+                    delivery.nack("another day", delay_s=1e6)
+                    if len(seen) == 2:
+                        await put(channel, [2])
+                    elif len(seen) == 3:
+                        break
+            assert [(0, 1), (1, 1), (2, 1)] == sorted(seen)
+
+
 async def test_group_outlives_the_bus(tmp_path):
     """The bus stops and starts while a group works: every event is handled, what was acknowledged is not repeated."""
     async with bus_at(tmp_path) as (server, channel):

@@ -473,7 +473,7 @@ class SubscribeNack(_message.Message):
 
     @_builtins.property
     def delay(self) -> _duration_pb2.Duration:
-        """Wait before delivering again; absent means the server's backoff."""
+        """Wait before delivering again; 0 s to 1 h; absent means the server's backoff."""
 
     def __init__(
         self,

@@ -61,7 +61,8 @@ class OonaServiceStub:
     given to one member at a time, and the group goes on where its acknowledgements ended; an event that is neither
     acknowledged nor refused within the acknowledgement timeout, or whose member leaves, is delivered again with the attempt
     counted, and after the topic's attempts it moves to the dead-letter topic. While an event waits for redelivery no later
-    event of its key is delivered to the group. Without a group the client sees every event and acknowledges none. The
+    event of its key is delivered to the group. A member that let an acknowledgement timeout pass gets nothing, where the
+    group has others, until it acknowledges, refuses or grants credit again. Without a group the client sees every event and acknowledges none. The
     stream ends when the client closes it, or with UNAVAILABLE when the server drains. NOT_FOUND (TOPIC_NOT_FOUND).
     """
 
@@ -98,7 +99,8 @@ class OonaServiceAsyncStub(OonaServiceStub):
     given to one member at a time, and the group goes on where its acknowledgements ended; an event that is neither
     acknowledged nor refused within the acknowledgement timeout, or whose member leaves, is delivered again with the attempt
     counted, and after the topic's attempts it moves to the dead-letter topic. While an event waits for redelivery no later
-    event of its key is delivered to the group. Without a group the client sees every event and acknowledges none. The
+    event of its key is delivered to the group. A member that let an acknowledgement timeout pass gets nothing, where the
+    group has others, until it acknowledges, refuses or grants credit again. Without a group the client sees every event and acknowledges none. The
     stream ends when the client closes it, or with UNAVAILABLE when the server drains. NOT_FOUND (TOPIC_NOT_FOUND).
     """
 
@@ -162,7 +164,8 @@ class OonaServiceServicer(metaclass=_abc_1.ABCMeta):
         given to one member at a time, and the group goes on where its acknowledgements ended; an event that is neither
         acknowledged nor refused within the acknowledgement timeout, or whose member leaves, is delivered again with the attempt
         counted, and after the topic's attempts it moves to the dead-letter topic. While an event waits for redelivery no later
-        event of its key is delivered to the group. Without a group the client sees every event and acknowledges none. The
+        event of its key is delivered to the group. A member that let an acknowledgement timeout pass gets nothing, where the
+        group has others, until it acknowledges, refuses or grants credit again. Without a group the client sees every event and acknowledges none. The
         stream ends when the client closes it, or with UNAVAILABLE when the server drains. NOT_FOUND (TOPIC_NOT_FOUND).
         """
 

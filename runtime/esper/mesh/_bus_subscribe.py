@@ -32,6 +32,7 @@ _FATAL = frozenset(
 _MAX_LAST = 10_000
 _MOST = 10_000
 """Ids or credit in one message."""
+_MAX_DELAY_S = 3600.0
 _MAX_REASON = 1024
 _LAST_WORDS_S = 1.0
 """Seconds for the server to end a stream after our side was closed."""
@@ -61,7 +62,7 @@ class BusDelivery:
             self._session.ack(self._id)
 
     def nack(self, reason: str = "", *, delay_s: float | None = None) -> None:
-        """The event was not handled: deliver it again, after the server's backoff or `delay_s` seconds."""
+        """The event was not handled: deliver it again after `delay_s` (at most 3,600 s) or the server's backoff."""
         if not self._answered:
             self._answered = True
             self._session.nack(self._id, reason, delay_s)
@@ -346,7 +347,8 @@ class _Session:
         for (reason, delay_s), ids in _alike(nacks).items():
             nack = oona_service_pb2.SubscribeNack(delivery_ids=ids, reason=reason)
             if delay_s is not None:
-                nack.delay.FromNanoseconds(int(delay_s * 1e9))
+                # Beyond the contract's bounds the server would end the stream, and all other answers with it.
+                nack.delay.FromNanoseconds(int(min(max(delay_s, 0.0), _MAX_DELAY_S) * 1e9))
             await self.call.write(oona_service_pb2.SubscribeRequest(nack=nack))
         while credit:
             part = min(credit, _MOST)

@@ -236,7 +236,7 @@ class OonaServicer(oona_service_pb2_grpc.OonaServiceServicer):
                     subscription.credit(request.credit.credit)
                 elif kind == "nack":
                     nack = request.nack
-                    delay_s = max(0.0, seconds(nack.delay)) if nack.HasField("delay") else None
+                    delay_s = seconds(nack.delay) if nack.HasField("delay") else None
                     subscription.nack(nack.delivery_ids, reason=nack.reason, delay_s=delay_s)
                 else:
                     raise InvalidInput("`open` may only be the first message of Subscribe", reason="OPEN_REPEATED")

@@ -237,6 +237,15 @@ class TestSubscribe:
         order = [(d.event.id, d.attempt) for d in await receive(call, 3)]
         assert [("event-2", 1), ("event-0", 2), ("event-1", 1)] == order
 
+    @pytest.mark.parametrize("delay_s", [-1.0, 3601.0])
+    async def test_delay_of_a_refusal_is_bounded(self, bus, delay_s):
+        """A delay below nothing or above an hour ends the stream with INVALID_ARGUMENT."""
+        call = await bus.open("decisions", group="g")
+        await nack(call, delay_s=delay_s)
+        error = await error_of(call.read())
+        assert isinstance(error, InvalidInput)
+        assert "nack.delay" == error.violations[0].field
+
     async def test_unanswered_event_comes_again(self, bus):
         """The acknowledgement timeout that the subscriber asked for is kept (to a tenth of a second)."""
         settings = {"group": "g", "credit": 2}
@@ -251,6 +260,20 @@ class TestSubscribe:
         (second,) = await receive(call, 1)
         assert 0.9 < asyncio.get_running_loop().time() - begun < 5
         assert (2, first.event) == (second.attempt, second.event)
+
+    async def test_a_member_that_hangs_keeps_nothing_from_the_others(self, bus):
+        """What a member without a word or credit left took with it comes to another one after the timeout."""
+        opening = oona_service_pb2.SubscribeOpen(topic="decisions", group="g", credit=4)
+        opening.ack_timeout.FromSeconds(1)
+        hung = bus.stub.Subscribe()
+        await hung.write(oona_service_pb2.SubscribeRequest(open=opening))
+        await hung.read()
+        await bus.publish("decisions", [make_event(n, key=f"k{n}") for n in range(20)])
+        lost = {d.event.id for d in await receive(hung, 4, ack=False)}
+        call = await bus.open("decisions", group="g", credit=100)
+        found = await receive(call, 20)
+        assert 20 == len({d.event.id for d in found})
+        assert lost == {d.event.id for d in found if d.attempt == 2}
 
     async def test_dead_letter_tells_its_story(self, bus):
         """After its last attempt an event stands in the dead-letter topic with cause, origin and its own content."""
