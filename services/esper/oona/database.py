@@ -51,10 +51,12 @@ class Database:
         path: the file.
         max_bytes: largest size of the file; 0 is unlimited.
         min_free_bytes: free disk space that is left to others; appends are refused beyond it.
+        wal_bytes: size to which the write-ahead log's file is cut down when it is begun anew; 0 leaves it as it is.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0, wal_bytes: int = 0) -> None:
         self._path = path
+        self._wal_bytes = wal_bytes
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
         self._full_sync: bool | None = None
@@ -79,6 +81,8 @@ class Database:
             db.execute("PRAGMA busy_timeout=10000")
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA wal_autocheckpoint=0")  # checkpoints run on a thread of their own, off the commit path
+            if self._wal_bytes:
+                db.execute(f"PRAGMA journal_size_limit={self._wal_bytes}")
             db.execute("PRAGMA cache_size=-16384")
             if readonly:
                 db.execute("PRAGMA query_only=1")

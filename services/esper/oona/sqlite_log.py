@@ -8,7 +8,7 @@ log into the file, off the commit path. The event loop stages groups (memory onl
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -73,7 +73,7 @@ class LogOptions:
     """Bytes beyond which one read takes no further chunk."""
 
     checkpoint_bytes: int = 16 << 20
-    """Bytes appended between two moves of the write-ahead log into the file."""
+    """Size of the write-ahead log beyond which it is moved into the file."""
 
     wal_bytes: int = 256 << 20
     """Size of the write-ahead log beyond which writing pauses until it is moved."""
@@ -114,7 +114,11 @@ class SqliteLog:
         self._options = options
         self._clock_us = clock_us
         self._last_us = 0
-        limits = {"max_bytes": options.max_log_bytes, "min_free_bytes": options.min_free_bytes}
+        limits = {
+            "max_bytes": options.max_log_bytes,
+            "min_free_bytes": options.min_free_bytes,
+            "wal_bytes": options.checkpoint_bytes,
+        }
         self._writing, self._reading, self._moving = Database(path, **limits), Database(path), Database(path)
         self._threads = {
             id(db): ThreadPoolExecutor(1, thread_name_prefix=f"oona-{name}")
@@ -132,7 +136,6 @@ class SqliteLog:
         self._room = asyncio.Event()
         self._room.set()
         self._closing = False
-        self._appended = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -146,6 +149,7 @@ class SqliteLog:
         for (topic, group), found in (await self._on(self._writing, self._writing.load_positions)).items():
             firsts = [row.first for row in self._rows[topic]]
             self._groups[topic, group] = [found.get(n, GroupPosition(first)) for n, first in enumerate(firsts)]
+        await self._tried(self._checkpoint)  # of what a crash left behind
         self._tasks = [asyncio.create_task(self._commit_loop()), asyncio.create_task(self._upkeep_loop())]
 
     async def close(self) -> None:
@@ -301,9 +305,7 @@ class SqliteLog:
     def _keep(self, staged: Staged) -> None:
         for chunk in staged.chunks:
             self._cache.add(chunk)
-            size = chunk.size
-            self._rows[chunk.topic][chunk.partition].size += size
-            self._appended += size
+            self._rows[chunk.topic][chunk.partition].size += chunk.size
 
     def _busy(self, share: float) -> bool:
         return (
@@ -317,15 +319,23 @@ class SqliteLog:
         swept = time.monotonic()
         while True:
             await asyncio.sleep(self._options.flush_interval_s)
-            try:
-                await self._on(self._writing, self._writing.flush)
-                if time.monotonic() - swept >= self._options.retention_interval_s:
-                    await self.sweep()
-                    swept = time.monotonic()
-                await self._checkpoint()
-            except EsperError as error:
-                # A full disk, most likely: publishers are told so, and the next round tries again.
-                _log.warning("upkeep of the log failed", reason=error.reason, private=error.private)
+            await self._tried(partial(self._on, self._writing, self._writing.flush))
+            if time.monotonic() - swept >= self._options.retention_interval_s and await self._tried(self.sweep):
+                swept = time.monotonic()
+            await self._tried(self._checkpoint)
+
+    async def _tried(self, work: Callable[[], Awaitable[object]]) -> bool:
+        """Do a piece of upkeep; False when it failed, and has to be tried again in the next round."""
+        try:
+            await work()
+        except EsperError as error:
+            # A full disk, most likely: publishers are told so.
+            _log.warning("upkeep of the log failed", reason=error.reason, private=error.private)
+        except Exception:  # noqa: BLE001  # logged with its traceback; without upkeep the log would grow for ever
+            _log.exception("upkeep of the log failed")
+        else:
+            return True
+        return False
 
     async def sweep(self) -> int:
         """Apply retention to every partition; return how many chunks were removed."""
@@ -353,14 +363,22 @@ class SqliteLog:
             removed += count
 
     async def _checkpoint(self) -> None:
-        if self._appended < self._options.checkpoint_bytes:
+        """Move the write-ahead log into the file once it is larger than it should be, whatever made it so.
+
+        A log that was moved is begun anew by the next write, which cuts the file down to `checkpoint_bytes` again.
+        """
+        if self._wal_size() <= self._options.checkpoint_bytes:
             return
-        self._appended = 0
         await self._on(self._moving, self._moving.checkpoint, "PASSIVE")
-        wal = self._path.with_name(self._path.name + "-wal")
-        if wal.stat().st_size > self._options.wal_bytes:
+        if self._wal_size() > self._options.wal_bytes:
             # Constant writing never lets a passive checkpoint reach the end; little is left to move by now.
             await self._on(self._writing, self._writing.checkpoint, "TRUNCATE")
+
+    def _wal_size(self) -> int:
+        try:
+            return self._path.with_name(self._path.name + "-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _know(self, spec: TopicSpec, rows: list[PartitionRow], ids: dict[str, int]) -> None:
         window = IdWindow(self._options.window_ids)

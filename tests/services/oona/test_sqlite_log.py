@@ -1,6 +1,7 @@
 """The embedded log over real files."""
 
 import asyncio
+import itertools
 import shutil
 import sqlite3
 from contextlib import asynccontextmanager
@@ -296,6 +297,41 @@ async def test_upkeep_flushes_sweeps_and_checkpoints(tmp_path, monkeypatch):
         assert (tmp_path / "log").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize("what", ["tiny events", "positions"])
+async def test_the_write_ahead_log_is_bounded_whatever_fills_it(tmp_path, what):
+    """Neither events of a few bytes nor positions alone let it grow: it is moved, begun anew and cut down."""
+    wal, bound = tmp_path / "log-wal", 100_000
+    values = {"flush_interval_s": 0.01, "checkpoint_bytes": bound}
+    async with opened(tmp_path / "log", make=[topic(partitions=1)], **values) as log:
+        beyond = False
+        async with asyncio.timeout(60):
+            for n in itertools.count():
+                if what == "positions":
+                    await log.save_positions({("t", "g"): {0: GroupPosition(n)}})
+                else:
+                    await log.append("t", batch(n, size=1))
+                size = wal.stat().st_size
+                if beyond and size <= bound:
+                    break
+                beyond = beyond or size > bound
+        assert wal.stat().st_size <= bound
+
+
+async def test_what_a_crash_left_is_moved_at_the_start(tmp_path):
+    """A large write-ahead log that was left behind is moved before the first event is taken."""
+    source = tmp_path / "source"
+    source.mkdir()
+    async with opened(source / "log", make=[topic(partitions=1)], flush_interval_s=3600) as log:
+        await log.append("t", batch(*range(100), size=1000))
+        shutil.copytree(source, tmp_path / "copy")
+    path = tmp_path / "copy" / "log"
+    before = path.stat().st_size
+    assert path.with_name("log-wal").stat().st_size > 100_000
+    async with opened(path, checkpoint_bytes=1000, flush_interval_s=3600) as log:
+        assert path.stat().st_size > before + 100_000
+        assert 100 == len(await everything(log))
+
+
 async def test_a_damaged_chunk_is_found(tmp_path):
     """A flipped byte in the file is DATA_LOSS with the place of it, never a wrong event."""
     path = tmp_path / "log"
@@ -373,7 +409,7 @@ async def test_an_unexpected_failure_is_told_and_forgotten(tmp_path):
 
 async def test_upkeep_survives_failures(tmp_path, monkeypatch):
     """A flush that fails is tried again, while the log is open and at its end."""
-    failures = [sqlite3.OperationalError("busy") for _ in range(3)]
+    failures = [sqlite3.OperationalError("busy"), ZeroDivisionError("unexpected"), sqlite3.OperationalError("busy")]
     flush = Database.flush
 
     def failing(self):
