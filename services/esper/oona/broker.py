@@ -57,8 +57,20 @@ class BrokerOptions:
     window: int = 10_000
     """Events of one partition that a group may have read and not done."""
 
+    window_bytes: int = 32 << 20
+    """Their bytes beyond which no further event is read."""
+
     read_ahead: int = 2_000
     """Events of one partition that wait in memory for a member's credit."""
+
+    read_ahead_bytes: int = 4 << 20
+    """Their bytes beyond which no further event is read."""
+
+    bury_events: int = 256
+    """Most dead letters that are stored at once."""
+
+    bury_bytes: int = 1 << 20
+    """Bytes of events beyond which such a batch takes no further one."""
 
     delivery_events: int = 1024
     """Most events of one message to a subscriber."""
@@ -272,7 +284,10 @@ class Broker:
             backoff_s=self.options.backoff_s,
             backoff_max_s=self.options.backoff_max_s,
         )
-        cursors = [Cursor(number, position, limit=self.options.window) for number, position in enumerate(positions)]
+        cursors = [
+            Cursor(number, position, limit=self.options.window, limit_bytes=self.options.window_bytes)
+            for number, position in enumerate(positions)
+        ]
         state = GroupState(topic, name, Group(cursors, policy, max_in_flight=self.options.max_in_flight))
         self._groups.setdefault(topic, {})[name] = state
         return state
@@ -296,15 +311,18 @@ class Broker:
         for cursor in cursors:
             number = cursor.partition
             end = self.log.end(state.topic, number)
-            want = min(self.options.read_ahead - cursor.buffered(), cursor.room())
-            while want > 0 and cursor.fetch < end and number not in state.loading:
+            while cursor.fetch < end and number not in state.loading and (want := self._wanted(cursor)) > 0:
                 events = self.log.tail(state.topic, number, cursor.fetch, want)
                 if events is None:
                     state.loading.add(number)
                     self._spawn(self._load(state, cursor))
                     break
                 cursor.feed(events)
-                want -= len(events)
+
+    def _wanted(self, cursor: Cursor) -> int:
+        if cursor.buffered_bytes >= self.options.read_ahead_bytes:
+            return 0
+        return min(self.options.read_ahead - cursor.buffered(), cursor.room())
 
     async def _load(self, state: GroupState, cursor: Cursor) -> None:
         try:
@@ -371,21 +389,35 @@ class Broker:
         state.burials = []
         self._spawn(self._bury(state, batch))
 
-    async def _bury(self, state: GroupState, batch: list[Exhausted]) -> None:
-        letters = [self._dead_letter(state.topic, state.name, exhausted) for exhausted in batch]
-        try:
-            await self.append(state.topic + DEAD_SUFFIX, letters)
-        except EsperError as error:
-            # The events keep blocking their keys: better late than lost.
-            _log.error("dead letters not stored", topic=state.topic, group=state.name, count=len(batch),
-                       reason=error.reason, private=error.private)  # fmt: skip
-            state.burials += batch
-            state.bury_at = self.now() + (error.retry_after_s or 1.0)
-            return
-        for exhausted in batch:
-            exhausted.cursor.buried(exhausted.item)
-        self.counters.dead[state.topic, state.name] += len(batch)
-        state.wake()
+    async def _bury(self, state: GroupState, batch: Sequence[Exhausted]) -> None:
+        while batch:
+            # In parts, each when the log has room: a dead letter is a copy of its event.
+            await self.log.room()
+            count = self._bury_at_once(batch)
+            part, batch = batch[:count], batch[count:]
+            letters = [self._dead_letter(state.topic, state.name, exhausted) for exhausted in part]
+            try:
+                await self.append(state.topic + DEAD_SUFFIX, letters)
+            except EsperError as error:
+                # The events keep blocking their keys: better late than lost.
+                left = [*part, *batch]
+                _log.error("dead letters not stored", topic=state.topic, group=state.name, count=len(left),
+                           reason=error.reason, private=error.private)  # fmt: skip
+                state.burials += left
+                state.bury_at = self.now() + (error.retry_after_s or 1.0)
+                return
+            for exhausted in part:
+                exhausted.cursor.buried(exhausted.item)
+            self.counters.dead[state.topic, state.name] += count
+            state.wake()
+
+    def _bury_at_once(self, batch: Sequence[Exhausted]) -> int:
+        size = 0
+        for count, exhausted in enumerate(batch[: self.options.bury_events], start=1):
+            size += exhausted.item.size
+            if size >= self.options.bury_bytes:
+                return count
+        return min(len(batch), self.options.bury_events)
 
     async def save_positions(self) -> None:
         """Persist what changed since the last time."""

@@ -43,9 +43,10 @@ class Cursor:
         partition: number of the partition.
         position: where the group goes on.
         limit: events that may be read and not done; bounds memory, and how far a blocked key lets others run ahead.
+        limit_bytes: their bytes beyond which no further event is read.
     """
 
-    def __init__(self, partition: int, position: GroupPosition, *, limit: int) -> None:
+    def __init__(self, partition: int, position: GroupPosition, *, limit: int, limit_bytes: float = inf) -> None:
         self.partition = partition
         self.in_flight = 0
         """Events delivered and awaiting an answer."""
@@ -55,7 +56,11 @@ class Cursor:
         """Offset of the next event to read."""
         self.spent: list[Item] = []
         """Events held because the server went down during their last attempt; the group takes them from here."""
+        self.buffered_bytes = 0
+        """Bytes of the events read and never delivered."""
         self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
         self._resume = dict(position.pending)
         self._resume_end = position.next
         self._outstanding: dict[int, Item] = {}
@@ -65,7 +70,7 @@ class Cursor:
 
     def room(self) -> int:
         """How many more events may be fed."""
-        return max(0, self._limit - len(self._outstanding))
+        return max(0, self._limit - len(self._outstanding)) if self._bytes < self._limit_bytes else 0
 
     def buffered(self) -> int:
         """Events read and never delivered."""
@@ -86,7 +91,9 @@ class Cursor:
                 attempts = known
             item = Item(event, attempts)
             self._outstanding[offset] = item
+            self._bytes += item.size
             self._buffer.append(item)
+            self.buffered_bytes += item.size
 
     def skip_to(self, offset: int) -> int:
         """Give up unread events below an offset (retention removed them); return how many were never done."""
@@ -140,15 +147,15 @@ class Cursor:
         while buffer and len(taken) < most:
             item = buffer[0]
             if max_attempts is not None and item.attempts >= max_attempts:
-                self._wait(buffer.popleft(), inf)
+                self._wait(self._next_fresh(), inf)
                 self.spent.append(item)
                 continue
             queue = lanes.get(item.event.key) if lanes and item.event.key else None
             if queue is not None:
-                queue.append(buffer.popleft())
+                queue.append(self._next_fresh())
             elif fits(item):
                 size += item.size
-                taken.append(self._deliver(buffer.popleft()))
+                taken.append(self._deliver(self._next_fresh()))
             else:
                 break
         return taken
@@ -193,6 +200,11 @@ class Cursor:
         everything = {o: i.attempts for o, i in self._outstanding.items()} | self._resume
         return GroupPosition(max(self.fetch, self._resume_end), tuple(sorted(everything.items())))
 
+    def _next_fresh(self) -> Item:
+        item = self._buffer.popleft()
+        self.buffered_bytes -= item.size
+        return item
+
     def _deliver(self, item: Item) -> Item:
         item.attempts += 1
         item.due = 0.0
@@ -211,6 +223,7 @@ class Cursor:
 
     def _finish(self, item: Item) -> None:
         del self._outstanding[item.event.offset]
+        self._bytes -= item.size
         self.dirty = True
 
     def _next_of(self, lane: str | int, queue: list[Item]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -21,8 +22,9 @@ class FailingLog(SqliteLog):
     """The embedded log, with calls that fail as often as a test says."""
 
     def __init__(self, path):
-        super().__init__(path, LogOptions(cache_bytes=1 << 16))
+        super().__init__(path, LogOptions(cache_bytes=1 << 16, read_bytes=1 << 16))
         self.failures = {}
+        self.batches = []
 
     def fail(self, name, error, times=1):
         self.failures[name] = [error] * times
@@ -46,6 +48,7 @@ class FailingLog(SqliteLog):
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
             return future
+        self.batches.append((topic, len(events)))
         return super().append(topic, events)
 
 
@@ -55,11 +58,11 @@ def full():
 
 
 @asynccontextmanager
-async def broker_over(path, *, max_attempts=1, defaults=True):
+async def broker_over(path, *, max_attempts=1, defaults=True, options=QUICK):
     """A broker over a log that can be made to fail."""
     log = FailingLog(path / "log")
     spec = TopicSpec(name="t", partitions=1, max_attempts=max_attempts, create_time=datetime.now(UTC))
-    broker = Broker(log, QUICK, dead_letter=dead_letter, defaults=[spec] if defaults else [])
+    broker = Broker(log, options, dead_letter=dead_letter, defaults=[spec] if defaults else [])
     await broker.start()
     try:
         yield broker, log
@@ -103,6 +106,44 @@ async def test_dead_letters_wait_for_room(tmp_path):
         assert [] == log.failures["append t.dead"]
         assert 1 == broker.log.end("t.dead", 0) == broker.counters.dead["t", "g"]
         assert 2 == broker.counters.refused["t.dead", "LOG_FULL"]
+
+
+async def test_dead_letters_are_stored_in_parts(tmp_path):
+    """Many dead events become several batches, bounded in events and bytes; each waits until the log has room."""
+    options = replace(QUICK, bury_events=4, bury_bytes=2000)
+    async with broker_over(tmp_path, options=options) as (broker, log):
+        member = await join(broker)
+        await broker.append("t", [new(n, size=900 if n < 5 else 1) for n in range(15)])
+        found = await next_batch(member)
+        log._room.clear()
+        member.nack([d.delivery_id for d in found], reason="no", delay_s=None)
+        await asyncio.sleep(0)
+        assert ("t.dead", 3) not in log.batches
+        log._room.set()
+        await until(lambda: 15 == broker.counters.dead["t", "g"])
+        assert [3, 4, 4, 4] == [count for topic, count in log.batches if topic == "t.dead"]
+        assert 15 == broker.log.end("t.dead", 0)
+
+
+async def test_a_group_reads_ahead_by_bytes(tmp_path):
+    """Of large events a group holds no more in memory than its bounds, delivered or not; all of them arrive."""
+    options = replace(QUICK, read_ahead_bytes=50_000, window_bytes=100_000, delivery_bytes=30_000)
+    async with broker_over(tmp_path, options=options) as (broker, _):
+        for n in range(60):
+            await broker.append("t", [new(n, size=10_000)])
+        member = await join(broker)
+        cursor = broker._groups["t"]["g"].group.cursors[0]
+        found = []
+        while len(found) < 10:
+            found += await next_batch(member)
+            # One read from the file may come on top of the bounds.
+            assert cursor.buffered_bytes < 50_000 + 80_000
+        assert 0 == cursor.room()
+        assert cursor.fetch < 10 + 8
+        while len(found) < 60:
+            member.ack([d.delivery_id for d in found])
+            found += await next_batch(member)
+        assert list(range(60)) == [d.event.offset for d in found]
 
 
 async def test_positions_are_saved_once_there_is_room(tmp_path):

@@ -112,6 +112,26 @@ def test_room_is_bounded():
     assert 2 == cursor.buffered()
 
 
+def test_room_is_bounded_in_bytes_too():
+    """Bytes read and not done count until the event is done or buried, whatever became of it meanwhile."""
+    cursor = Cursor(0, GroupPosition(0), limit=100, limit_bytes=10)
+    cursor.feed(stored(offset, data=bytes(5)) for offset in range(2))
+    assert (0, 10) == (cursor.room(), cursor.buffered_bytes)
+    one, two = cursor.take(0.0, 9)
+    assert (0, 0) == (cursor.room(), cursor.buffered_bytes)
+    cursor.retry(one, 5.0)
+    assert 0 == cursor.room()
+    cursor.done(two)
+    assert 99 == cursor.room()
+    cursor.feed([stored(2, data=bytes(5))])
+    assert 0 == cursor.room()
+    (one,) = cursor.take(5.0, 1)
+    cursor.hold(one)
+    assert 0 == cursor.room()
+    cursor.buried(one)
+    assert 99 == cursor.room()
+
+
 def test_position_survives_a_restart():
     """A restored cursor delivers exactly what was not done, with attempts counted on."""
     cursor = fed("a", "b", "c", "d", "e")
