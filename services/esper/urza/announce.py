@@ -2,6 +2,9 @@
 
 The change log stays the truth: `WatchLibrary` is complete, the topic is for those who are on the bus anyway. Events
 wait in a bounded buffer while the bus is away; what does not fit is counted, and nobody waits for it.
+
+At the start the newest changes are announced once more: those that a crash kept from the bus arrive then, and the bus
+knows the others by their ids.
 """
 
 import asyncio
@@ -27,9 +30,15 @@ TOPIC = "library-events"
 CLOSE_S = 1.0
 """Seconds that a closing library gives the bus for what still waits."""
 
+AGAIN = 1000
+"""Newest changes that are announced again at the start; far fewer than the ids that the bus remembers of a topic."""
+
+RETRY_S = 1.0
+"""Seconds to wait when the change log cannot be read."""
+
 
 class Announcer:
-    """Publishes the changes of a library from its start on.
+    """Publishes the changes of a library, from those shortly before its start on.
 
     Args:
         library: whose changes.
@@ -47,7 +56,7 @@ class Announcer:
         return self._publisher.stats
 
     def start(self) -> None:
-        """Begin with the next change."""
+        """Begin."""
         self._publisher.start()
         self._task = spawn(self._run(), name="urza-announcer")
 
@@ -63,18 +72,33 @@ class Announcer:
 
     async def _run(self) -> None:
         after: int | None = None
-        over = False
-        while not over:
+        while True:
             try:
+                if after is None:
+                    after = await self._begin()
                 async with aclosing(self._library.watch(after)) as changes:
                     async for change in changes:
-                        after = change if isinstance(change, int) else change.sequence
                         if isinstance(change, Change):
                             self._publisher.offer(TOPIC, self._event(change))
-                over = True
+                            after = change.sequence
             except EsperError as error:
-                # Overrun by a burst: begin again where it broke off.
-                _log.warning("announcements fell behind", reason=error.reason, after=after)
+                if error.reason == "WATCHER_TOO_SLOW":
+                    continue  # overrun by a burst: begin again where it broke off
+                _log.warning("changes cannot be read to be announced", after=after, reason=error.reason,
+                             error=error.private or error.public)  # fmt: skip
+                await asyncio.sleep(RETRY_S)
+            except Exception:  # noqa: BLE001  # logged with its traceback; the announcements must not end with it
+                _log.exception("change not announced", after=after)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return  # the library closes
+
+    async def _begin(self) -> int:
+        async with aclosing(self._library.watch(None)) as changes:
+            async for head in changes:
+                if isinstance(head, int):
+                    return max(0, head - AGAIN)
+        return 0
 
     def _event(self, change: Change) -> event_pb2.Event:
         message = change_to_proto(change)

@@ -136,6 +136,9 @@ class Desk:
             except EsperError as error:
                 _log.warning("leases cannot be watched", reason=error.reason, error=error.private or error.public)
                 pause = _RETRY_S
+            except Exception:  # noqa: BLE001  # logged with its traceback; leases must go on running out
+                _log.exception("leases cannot be watched")
+                pause = _RETRY_S
             await until_drain(_within(pause, self._leased, seen), self._drain)
 
 

@@ -142,8 +142,14 @@ class Feed:
                         self._hand_out(change)
             except EsperError as error:
                 _log.warning("change log cannot be read", reason=error.reason, error=error.private or error.public)
-                self._wake.set()
-                await sleep_or_drain(_RETRY_S, self._drain)
+                await self._later()
+            except Exception:  # noqa: BLE001  # logged with its traceback; watchers would wait for ever
+                _log.exception("change log cannot be read")
+                await self._later()
+
+    async def _later(self) -> None:
+        self._wake.set()
+        await sleep_or_drain(_RETRY_S, self._drain)
 
     def _hand_out(self, change: Change) -> None:
         self.sequence = change.sequence

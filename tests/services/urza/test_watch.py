@@ -11,22 +11,24 @@ import pytest
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.bus import BusPublisher, BusSubscriber
 from esper.mesh.channel import open_channel
-from esper.mesh.errors import Code, LimitExceeded
+from esper.mesh.errors import Code, LimitExceeded, Unavailable
 from esper.mesh.testing import serve, service_context
 from esper.oona.service import Config as OonaConfig
 from esper.oona.service import build as build_oona
+from esper.urza import announce, desk, feed
 from esper.urza.announce import TOPIC, Announcer
-from esper.urza.builds import BuildOrder, Tier
+from esper.urza.builds import BuildOrder, BuildState, Tier
 from esper.urza.changes import Change
 from esper.urza.desk import Rules
+from esper.urza.leases import Request, WorkKind
 from esper.urza.library import Library
 from esper.urza.service import Config
 from esper.urza.service import build as build_urza
 from esper.urza.store import sqlite_url
+from esper.v1 import oona_service_pb2, oona_service_pb2_grpc, urza_service_pb2_grpc
 from esper.v1 import urza_service_pb2 as pb
-from esper.v1 import urza_service_pb2_grpc
 from tests.services.urza.urza_calls import Served, refusal, serve_library
-from tests.services.urza.urza_world import World, make_ir, open_world
+from tests.services.urza.urza_world import FORGE, World, make_ir, open_world
 
 
 @pytest.fixture
@@ -143,9 +145,6 @@ async def test_the_feed_outlives_trouble_with_the_database(small_world: World, m
 
 async def test_servers_that_share_a_database_wake_each_other(postgres_url: str, tmp_path: Path) -> None:
     """On PostgreSQL a watch and a waiting forge on one server hear of what was asked for on the other, at once."""
-    from esper.urza.leases import Request, WorkKind
-    from tests.services.urza.urza_world import FORGE
-
     async with open_world(postgres_url, tmp_path / "a") as here, open_world(postgres_url, tmp_path / "b") as there:
         assert here.library.store.library_id == there.library.store.library_id
         async with aclosing(there.library.watch(None)) as changes:
@@ -203,9 +202,6 @@ async def test_a_lost_notification_server_is_tried_again(monkeypatch: pytest.Mon
 
 async def test_two_servers_hand_each_piece_out_once(postgres_url: str, tmp_path: Path) -> None:
     """Forges of two servers on one database never get the same build."""
-    from esper.urza.leases import Request, WorkKind
-    from tests.services.urza.urza_world import FORGE
-
     taken: list[str] = []
 
     async def forge(library: Library) -> None:
@@ -216,6 +212,45 @@ async def test_two_servers_hand_each_piece_out_once(postgres_url: str, tmp_path:
         builds = await here.orders(24)
         await asyncio.gather(*(forge(world.library) for world in (here, there) for _ in range(4)))
         assert sorted(build.id for build in builds) == sorted(taken)
+
+
+async def test_watching_survives_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong while changes and leases are looked at, both are looked at again."""
+    failures = {"changes": 1, "leases": 1}
+    changes_after, next_expiry = feed.log.changes_after, desk.queue.next_expiry
+
+    async def unread(*arguments: Any, **named: Any) -> Any:
+        failures["changes"] -= 1
+        if failures["changes"] >= 0:
+            raise ZeroDivisionError
+        return await changes_after(*arguments, **named)
+
+    async def unseen(*arguments: Any) -> Any:
+        failures["leases"] -= 1
+        if failures["leases"] >= 0:
+            raise ZeroDivisionError
+        return await next_expiry(*arguments)
+
+    monkeypatch.setattr(feed.log, "changes_after", unread)
+    monkeypatch.setattr(desk.queue, "next_expiry", unseen)
+    for module in (feed, desk):
+        monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    rules = Rules(idle_sweep_s=0.01)
+    async with (
+        asyncio.timeout(60),
+        open_world(sqlite_url(tmp_path / "library.db"), tmp_path, rules=rules) as world,
+        aclosing(world.library.watch(None)) as changes,
+    ):
+        assert 0 == await anext(changes)
+        await world.order()
+        assert [1, 2] == [change.sequence for change in await take(changes, 2)]
+        request = Request(kind=WorkKind.COMPILE, holder="x", lease_time_s=1.0)
+        assert await world.library.desk.lease(request, FORGE)
+        while failures["leases"] >= 0:  # noqa: ASYNC110  # the library's own clock
+            await asyncio.sleep(0.005)
+        world.clock.advance(2.0)
+        states = [change.subject.state for change in await take(changes, 2)]
+        assert [BuildState.LEASED, BuildState.QUEUED] == states
 
 
 class TestBus:
@@ -276,6 +311,64 @@ class TestBus:
                     await asyncio.sleep(0.005)
             await announcer.close()
             assert 40 == announcer.stats.offered
+        await channel.close()
+
+    async def test_what_a_crash_kept_from_the_bus_is_announced_at_the_next_start(self, tmp_path: Path) -> None:
+        """Changes of a library whose announcer never saw them reach the bus; those that did are not stored again."""
+        oona = await build_oona(OonaConfig(partitions=1), service_context("oona", tmp_path / "oona"))
+        url = sqlite_url(tmp_path / "library.db")
+        async with serve(oona) as (_server, channel):
+            for number, announced in enumerate((True, False, True)):
+                async with open_world(url, tmp_path) as world:
+                    await world.submit(f"b{number}")
+                    if announced:
+                        announcer = Announcer(world.library, BusPublisher(channel))
+                        announcer.start()
+                        async with asyncio.timeout(30):
+                            while announcer.stats.stored < number + 1:  # noqa: ASYNC110  # counts have no event
+                                await asyncio.sleep(0.005)
+                        await announcer.close()
+            async with asyncio.timeout(30), BusSubscriber(channel, TOPIC, group="test") as subscriber:
+                deliveries = aiter(subscriber)
+                events = [(await anext(deliveries)).event for _ in range(3)]
+            topic = oona_service_pb2.GetTopicRequest(name=TOPIC)
+            (extent,) = (await oona_service_pb2_grpc.OonaServiceStub(channel).GetTopic(topic)).topic.partition_statuses
+            assert 3 == extent.next_offset
+            assert [1, 2, 3] == [pb.WatchLibraryResponse.FromString(event.payload).sequence for event in events]
+
+    @pytest.mark.parametrize("failure", [Unavailable("away", reason="DATABASE_UNAVAILABLE"), ZeroDivisionError("bug")])
+    async def test_a_change_log_that_cannot_be_read_is_tried_again_after_a_pause(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+    ) -> None:
+        """The announcer neither spins nor ends while its library's store fails, and goes on afterwards."""
+        pauses: list[float] = []
+        sleep = asyncio.sleep
+
+        async def slept(seconds: float) -> None:
+            if seconds == announce.RETRY_S:
+                pauses.append(seconds)
+                seconds = 0.0
+            await sleep(seconds)
+
+        monkeypatch.setattr(announce.asyncio, "sleep", slept)
+        channel = open_channel("127.0.0.1:1")
+        async with open_world(sqlite_url(tmp_path / "library.db"), tmp_path) as world:
+            watch, failures = world.library.watch, [failure] * 3
+
+            def failing(after: int | None) -> Any:
+                if failures:
+                    raise failures.pop()
+                return watch(after)
+
+            monkeypatch.setattr(world.library, "watch", failing)
+            announcer = Announcer(world.library, BusPublisher(channel))
+            announcer.start()
+            await world.submit()
+            async with asyncio.timeout(30):
+                while announcer.stats.offered < 1:  # counts have no event
+                    await sleep(0.005)
+            await announcer.close()
+        assert [announce.RETRY_S] * 3 == pauses
         await channel.close()
 
     async def test_a_library_without_a_way_to_the_bus_serves(self, tmp_path: Path) -> None:
