@@ -2,24 +2,33 @@
 
     python -m loadtests.bench_contracts
 
-Prints JSON lines (`_report.py`). The messages are those of a real run: a boundary of `digits`, a germination with its
-explanation, telemetry of a thousand seeds with every column measured. pydantic's JSON of the same boundary is measured
-in the same run, as the usual alternative.
+Prints JSON lines (`_report.py`). The messages are those of a real run: a boundary of `digits`, the commands that the
+heuristic policy gives in a hundred boundaries, telemetry of a thousand seeds with every column measured. pydantic's
+JSON of the same boundary is measured in the same run, as the usual alternative.
 """
 
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
 import esper_dataclasses.esper.v1 as dataclass_client
+from esper.kasmina.blueprints.catalogue import catalogue
+from esper.kasmina.convert import boundary_state_from_proto, decision_to_proto
+from esper.tamiyo.controller import Conversation
+from esper.tamiyo.domain import Shelf
+from esper.tamiyo.heuristic import HeuristicPolicy
+from esper.tamiyo.rules import Rules
 from esper.v1 import decision_pb2, health_pb2, run_pb2, seed_pb2
+from loadtests import bench_tamiyo
 from loadtests._report import Report, Target
 
 SEEDS = 1000
 LOOPS = 2000
+SITES = 200
 RUN = "digits-20261123-201500-k3f9"
 
 
@@ -42,22 +51,16 @@ def training_state() -> run_pb2.TrainingState:
     return state
 
 
-def germination() -> decision_pb2.Decision:
-    """The largest usual decision: a kernel, its blend, and the reason in a sentence."""
-    return decision_pb2.Decision(
-        id="12.3.0",
-        boundary=12,
-        seed=3,
-        action=decision_pb2.DECISION_ACTION_GERMINATE,
-        kernel=decision_pb2.KernelChoice(
-            kernel=bytes(range(32)),
-            blueprint_name="depthwise_separable",
-            blend=decision_pb2.BLEND_STRATEGY_IMMEDIATE,
-            learning_rate_scale=3.0,
-        ),
-        reason="SATURATED",
-        explanation="narrowest site: width 2, saturation 0.97 over 0.80, slope -0.004, 1,312 of 4,000 parameters",
+def decisions() -> list[decision_pb2.Decision]:
+    """All that the heuristic policy commands in a run of a hundred boundaries, kernels named as the catalogue names."""
+    names = [blueprint.name for blueprint in catalogue()]
+    shelf = Shelf(
+        replace(kernel, blueprint_name=names[number % len(names)])
+        for number, kernel in enumerate(bench_tamiyo.library())
     )
+    talk = Conversation(bench_tamiyo.hello(SITES), HeuristicPolicy(), Rules())
+    answers = [talk.advise(boundary_state_from_proto(state), shelf) for state in bench_tamiyo.states(SITES)]
+    return [decision_to_proto(decision) for advice in answers for decision in advice.decisions]
 
 
 def health_batch() -> health_pb2.HealthBatch:
@@ -132,9 +135,17 @@ def _json_round_trip(state: run_pb2.TrainingState, loops: int) -> Callable[[], f
 def main() -> None:
     """Measure and print."""
     report = Report("contracts", ["protobuf", "betterproto2", "pydantic"])
-    state, decision, health = training_state(), germination(), health_batch()
+    state, health = training_state(), health_batch()
+    commanded = decisions()
+    decision = max(commanded, key=lambda found: found.ByteSize())
     report.add("size of a state summary", state.ByteSize(), unit="bytes", target=Target.below(280))
-    report.add("size of a decision", decision.ByteSize(), unit="bytes", target=Target.below(200))
+    report.add(
+        "size of the largest decision of a run",
+        decision.ByteSize(),
+        unit="bytes",
+        target=Target.below(200),
+        decisions=len(commanded),
+    )
     per_seed = health.ByteSize() / SEEDS
     report.add("size of a health batch per seed", per_seed, unit="bytes", target=Target.below(32), seeds=SEEDS)
     micro, milli = 1e6, 1e3

@@ -141,6 +141,7 @@ class Proposal:
     reason: str
     """UPPER_SNAKE."""
     explanation: str
+    """The numbers that decided, in one short sentence: a decision has some 200 bytes, and fields for all the rest."""
     to_stage: Stage | None = None
     kernel: KernelChoice | None = None
     embargo_boundaries: int = 0
@@ -152,7 +153,7 @@ class Judgement:
 
     proposals: tuple[Proposal, ...]
     explanation: str
-    """Why nothing (more) should be done, with the numbers; one sentence."""
+    """What else was weighed, and why nothing (more) should be done, with the numbers; one sentence."""
     prefetch: tuple[str, ...] = field(default=())
     """Kernels that are likely next."""
 

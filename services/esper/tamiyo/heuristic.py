@@ -35,15 +35,19 @@ class HeuristicPolicy:
         prefetch = tuple(dict.fromkeys(choice.kernel.kernel_id for _, choice in options[: situation.rules.prefetch]))
         said = _germinate(situation, options, closed)
         if isinstance(said, Proposal):
-            grown = 0 if said.kernel is None else 1
-            notes = [*living.notes, f"{grown} germination proposed"]
-            return Judgement(proposals=(*living.proposals, said), explanation=_sentence(notes), prefetch=prefetch)
-        notes = [f"nothing germinates: {said}", *living.notes]
-        return Judgement(proposals=tuple(living.proposals), explanation=_sentence(notes), prefetch=prefetch)
+            proposals, word = (*living.proposals, said), _weighed(situation, *options[0])
+        else:
+            proposals, word = tuple(living.proposals), f"nothing germinates: {said}"
+        explanation = "; ".join([word, *living.notes]) + "."
+        return Judgement(proposals=proposals, explanation=explanation, prefetch=prefetch)
 
 
-def _sentence(notes: list[str]) -> str:
-    return "; ".join(notes) + "."
+def _weighed(situation: Situation, candidate: Candidate, choice: Choice) -> str:
+    """All that speaks for a germination. Its decision has what settled it, and no room for the rest."""
+    left = situation.boundaries_left
+    remaining = "unknown schedule" if left is None else f"{left:.1f} boundaries left"
+    trend = trend_of(situation.memory.losses, situation.rules)
+    return f"germination proposed at {candidate}; {trend}; {choice}; {remaining}"
 
 
 def _options(situation: Situation) -> tuple[list[tuple[Candidate, Choice]], str]:
@@ -75,16 +79,17 @@ def _germinate(situation: Situation, options: list[tuple[Candidate, Choice]], cl
         return f"no validated kernel fits an open site; {closed}, {len(situation.shelf.kernels)} kernels in the library"
     candidate, choice = options[0]
     trend = trend_of(situation.memory.losses, rules)
-    saturation = candidate.mark.saturation
-    saturated = saturation is not None and saturation >= rules.saturation_threshold
-    if not saturated and not trend.plateau:
-        return f"{trend}, and {candidate} is below {rules.saturation_threshold:.2f}"
-    left = situation.boundaries_left
-    remaining = "unknown schedule" if left is None else f"{left:.1f} boundaries left"
+    saturation, threshold = candidate.mark.saturation, rules.saturation_threshold
+    if saturation is not None and saturation >= threshold:
+        reason, settled = "SATURATED", f"saturation {saturation:.2f} of at least {threshold:.2f}, used up"
+    elif trend.plateau:
+        reason, settled = "PLATEAU", f"{trend}"
+    else:
+        return f"{trend}, and {candidate} is below {threshold:.2f}"
     return Proposal(
         seed=candidate.site.index,
         action=Action.GERMINATE,
-        reason="SATURATED" if saturated else "PLATEAU",
-        explanation=f"{candidate}; {trend}; {choice}; {remaining}.",
+        reason=reason,
+        explanation=f"{candidate.narrowest}: {settled}.",
         kernel=blended(situation, choice.kernel),
     )

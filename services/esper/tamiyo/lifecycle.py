@@ -49,8 +49,8 @@ def _ends(situation: Situation) -> bool:
     return left is not None and left < _ENDING
 
 
-def _where(situation: Situation, seed: SeedState) -> str:
-    return f"{situation.sites[seed.index].name} in {seed.stage.name} for {seed.boundaries_in_stage} boundaries"
+def _since(seed: SeedState) -> str:
+    return f"{seed.stage.name} for {seed.boundaries_in_stage} boundaries"
 
 
 def _advance(seed: SeedState, to_stage: Stage, reason: str, explanation: str) -> Proposal:
@@ -62,7 +62,7 @@ def _advance(seed: SeedState, to_stage: Stage, reason: str, explanation: str) ->
 def _out(situation: Situation, seed: SeedState, reason: str, why: str) -> Proposal:
     """Take a seed out: cancelled while it has not touched the host, culled and embargoed afterwards."""
     touched = seed.stage not in {Stage.GERMINATED, Stage.LOADING, Stage.TRAINING}
-    explanation = f"{_where(situation, seed)}: {why}."
+    explanation = f"{_since(seed)}: {why}."
     if not touched:
         return Proposal(seed=seed.index, action=Action.CANCEL, reason=reason, explanation=explanation)
     return Proposal(
@@ -88,11 +88,11 @@ def _arriving(situation: Situation, seed: SeedState) -> Proposal | str:
         return _out(situation, seed, "SCHEDULE_END", "the schedule is over before it could be judged")
     if seed.ready:
         if zero:
-            why = "born at zero output, so it needs no isolation and no ramp"
-            return _advance(seed, Stage.FINE_TUNING, "READY", f"{_where(situation, seed)} is ready: {why}")
+            why = "ready; born at zero output, so it needs no isolation and no ramp"
+            return _advance(seed, Stage.FINE_TUNING, "READY", f"{_since(seed)}: {why}")
         to_stage = Stage.GRAFTING if seed.stage is Stage.TRAINING else Stage.TRAINING
         gain = "" if seed.isolation_gain is None else f", isolation gain {seed.isolation_gain:.3g}"
-        return _advance(seed, to_stage, "READY", f"{_where(situation, seed)} is ready{gain}")
+        return _advance(seed, to_stage, "READY", f"{_since(seed)}: ready{gain}")
     training = seed.stage is Stage.TRAINING
     limit = situation.rules.training_patience if training else situation.rules.loading_patience
     if seed.boundaries_in_stage >= limit:
@@ -108,9 +108,7 @@ def _grafted(situation: Situation, seed: SeedState) -> Proposal | str:
     if _ends(situation):
         return _out(situation, seed, "SCHEDULE_END", "the schedule is over before it could be judged")
     if seed.ready:
-        return _advance(
-            seed, Stage.FINE_TUNING, "STABLE", f"{_where(situation, seed)}, alpha {seed.alpha:.2f}: gate open"
-        )
+        return _advance(seed, Stage.FINE_TUNING, "STABLE", f"{_since(seed)}, alpha {seed.alpha:.2f}: gate open")
     if seed.boundaries_in_stage >= limit:
         return _out(situation, seed, "NOT_STABLE", f"its gate stayed closed for {limit} boundaries ({seed.blocked_by})")
     return f"waits in {seed.stage.name} ({seed.blocked_by}), {seed.boundaries_in_stage} of {limit} boundaries"
@@ -137,11 +135,9 @@ def _on_probation(situation: Situation, seed: SeedState) -> Proposal | str:  # n
     )
     if measured.lower_bound > price.loss:
         if seed.ready:
-            return _advance(seed, Stage.FOSSILIZED, "PROBATION_PASSED", f"{_where(situation, seed)}: {found}")
+            return _advance(seed, Stage.FOSSILIZED, "PROBATION_PASSED", f"{_since(seed)}: {found}")
         if ends or overtime > rules.probation_extensions:
-            return _out(
-                situation, seed, "GATE_CLOSED", f"{found}, but the runtime's gate stays closed ({seed.blocked_by})"
-            )
+            return _out(situation, seed, "GATE_CLOSED", f"{found}; gate closed ({seed.blocked_by})")
         return f"would be kept: {found}; its gate is closed ({seed.blocked_by})"
     if measured.mean_gain > price.loss and overtime < rules.probation_extensions and not ends:
         return f"is given {rules.probation_extensions - overtime} more boundaries: {found}"
@@ -155,12 +151,11 @@ def _embargoed(situation: Situation, seed: SeedState) -> Proposal | str:
         return f"is under embargo until boundary {until}"
     if not seed.ready:
         return f"stays closed by the runtime ({seed.blocked_by})"
-    name = situation.sites[seed.index].name
     return Proposal(
         seed=seed.index,
         action=Action.RELEASE,
         reason="EMBARGO_OVER",
-        explanation=f"{name}: embargo ended at boundary {until}.",
+        explanation=f"embargo ended at boundary {until}.",
     )
 
 
@@ -171,12 +166,11 @@ def _locked(situation: Situation, seed: SeedState) -> Proposal | str:
         return f"is locked after a rollback until boundary {until}"
     if not seed.ready:
         return f"stays locked by the runtime ({seed.blocked_by})"
-    name = situation.sites[seed.index].name
     return Proposal(
         seed=seed.index,
         action=Action.UNLOCK,
         reason="LOCK_EXPIRED",
-        explanation=f"{name}: locked for {situation.rules.lock_boundaries} boundaries after its rollback.",
+        explanation=f"locked for {situation.rules.lock_boundaries} boundaries after its rollback.",
     )
 
 

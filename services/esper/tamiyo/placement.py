@@ -38,12 +38,17 @@ class Candidate:
         """Narrowest width, times one more than the seeds grown around it."""
         return self.site.narrowest_width * (1 + self.grown)
 
+    @property
+    def narrowest(self) -> str:
+        """Narrowest width and the seeds that grew around it, in words."""
+        grown = f" ({self.grown} grown)" if self.grown else ""
+        return f"narrowest width {self.site.narrowest_width}{grown}"
+
     def __str__(self) -> str:
         rank = "not measured" if self.mark.effective_rank is None else f"{self.mark.effective_rank:.3g}"
         full = "not measured" if self.mark.saturation is None else f"{self.mark.saturation:.2f}"
-        grown = f" ({self.grown} grown around it)" if self.grown else ""
         return (
-            f"site {self.site.name} ({self.site.kind.value}): narrowest width {self.site.narrowest_width}{grown}, "
+            f"site {self.site.name} ({self.site.kind.value}): {self.narrowest}, "
             f"effective rank {rank}, saturation {full}"
         )
 

@@ -43,7 +43,9 @@ class BoundaryOutcome:
     answered: bool = False
     """Whether the controller answered."""
     explanation: str = ""
-    """One sentence for people; empty where there is nothing to say."""
+    """What was decided, for people; empty where there is nothing to say."""
+    advice: str = ""
+    """All that the controller weighed, in its own words; empty where it did not answer."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What happened to seeds, as plain data."""
 

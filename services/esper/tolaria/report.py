@@ -71,7 +71,7 @@ def write_run_report(run_dir: Path, *, html: bool = True) -> None:
         "data": data,
         "rollbacks": rollbacks,
         "growth": lineage["adaptations"],
-        "decisions": lineage["decisions"],
+        "decisions": _weighed(lineage["decisions"], history),
         "history": history,
     }
     report["kept"] = any(seed["outcome"] == "fossilized" for seed in report["growth"])
@@ -133,6 +133,13 @@ def write_comparison(run_dirs: Sequence[Path], out_dir: Path) -> None:
         arm_notes={arm["arm"]: _NOTES[arm["arm"]] for arm in arms},
     )
     write_atomic(out_dir / "report.html", page)
+
+
+def _weighed(decisions: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Decisions, which have the numbers that settled them, with the advice of their boundary, which has the others."""
+    # Checkpoints of earlier versions hold boundaries without it.
+    advice = {entry["boundary"]: entry.get("advice", "") for entry in history}
+    return [{**decision, "advice": advice.get(decision["boundary"], "")} for decision in decisions]
 
 
 def _check(reports: Sequence[dict[str, Any]]) -> None:

@@ -174,8 +174,21 @@ class SeededNetwork(Network):
             if r["outcome"] is not None and id(r) not in ended
         ]
         return BoundaryOutcome(
-            validation=first[0], answered=report.advice is not None, explanation=_explain(report), events=events
+            validation=first[0],
+            answered=report.advice is not None,
+            explanation=self._explain(report),
+            advice="" if report.advice is None else report.advice.explanation,
+            events=events,
         )
+
+    def _explain(self, report: BoundaryReport) -> str:
+        if report.advice is None:
+            return "no answer from the controller"
+        decided = [
+            f"{given.action} {self.growth.sites[given.seed].descriptor.name}: {given.explanation}"
+            for given in (applied.decision for applied in report.applied)
+        ]
+        return " ".join(decided) or report.advice.explanation
 
     def _decision_event(self, applied: Applied) -> dict[str, Any]:
         given = applied.decision
@@ -334,13 +347,6 @@ class SeededNetwork(Network):
     def close(self) -> None:
         """See `Network`."""
         self.growth.close()
-
-
-def _explain(report: BoundaryReport) -> str:
-    if report.advice is None:
-        return "no answer from the controller"
-    decided = [applied.decision.explanation for applied in report.applied]
-    return " ".join(decided) or report.advice.explanation
 
 
 def _newborn_steps(record: Mapping[str, Any], now: int) -> int:

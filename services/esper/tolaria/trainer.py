@@ -304,6 +304,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "control_plane": outcome.answered,
                 "explanation": outcome.explanation,
+                "advice": outcome.advice,
                 "events": outcome.events,
                 "seeds": [[seed.index, int(seed.stage)] for seed in self.network.seeds()],
             }

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.kasmina.control import Action, Stage
+from esper.kasmina.blueprints.catalogue import catalogue
+from esper.kasmina.control import Action, SiteHealth, Stage
+from esper.kasmina.convert import decision_to_proto
 from esper.kasmina.signature import Layout
 from esper.mesh.errors import InvalidInput
 from esper.tamiyo.catalogue import Catalogue, KernelState
@@ -16,6 +18,7 @@ from esper.tamiyo.domain import Judgement, Proposal, Shelf
 from esper.tamiyo.heuristic import HeuristicPolicy
 from esper.tamiyo.memory import MAX_STATE_BYTES, VERSION, Memory, SiteMark, dump, load, observe
 from esper.tamiyo.preparation import BlueprintFacts, PreparationRules, wishes
+from esper.tamiyo.rules import Rules
 from tests.services.tamiyo.tamiyo_worlds import (
     FLAT,
     NARROW,
@@ -76,7 +79,39 @@ def test_every_advice_is_explained_and_bounded(history):
         assert len(advice.controller_state) <= MAX_STATE_BYTES
         assert advice.controller_state == dump(load(advice.controller_state))
         assert all(decision.explanation and decision.reason for decision in advice.decisions)
+        assert all(decision_to_proto(decision).ByteSize() < 200 for decision in advice.decisions)
         assert len({decision.decision_id for decision in advice.decisions}) == len(advice.decisions)
+
+
+@pytest.mark.parametrize("blueprint", catalogue(), ids=lambda blueprint: blueprint.name)
+@pytest.mark.parametrize(("saturation", "reason"), [(0.97, "SATURATED"), (0.3, "PLATEAU")])
+def test_a_germination_says_why_in_less_than_200_bytes(blueprint, saturation, reason):
+    """What settled it is in the decision, what else was weighed in the advice of the same boundary."""
+    sites = [make_site(index, narrowest_width=4096, depth=0.5) for index in range(118)]
+    sites += [
+        make_site(118, name="encoder.layers.9", narrowest_width=4096, depth=0.5),
+        make_site(119, name="encoder.layers.9.mlp", narrowest_width=1024, depth=0.5),
+    ]
+    kernel = make_kernel(2**200 + 1, blueprint_name=blueprint.name, zero_birth=False, parameters=123_456)
+    hello = make_hello(sites, total_steps=1_000_000, decay_start=None, parameter_budget=10_000_000)
+    states = [
+        make_state(
+            boundary,
+            [make_seed(118, boundaries_in_stage=1)],
+            sites=[SiteHealth(index=119, effective_rank=900.0, saturation=saturation)],
+            validation_loss=1.2345 + 0.0123 * (boundary % 2) + 0.001234 * (boundary % 5),
+        )
+        for boundary in range(201, 206)
+    ]
+    rules = Rules(min_spacing_boundaries=1, warmup_boundaries=205)
+    talk = Conversation(hello, HeuristicPolicy(), rules)
+    advice = [talk.advise(state, Shelf([kernel])) for state in states][-1]
+    (decision,) = (found for found in advice.decisions if found.action is Action.GERMINATE)
+    assert reason == decision.reason
+    assert decision_to_proto(decision).ByteSize() < 200
+    assert "narrowest width 1024 (1 grown)" in decision.explanation
+    for weighed in ("narrowest width 1024 (1 grown)", "encoder.layers.9.mlp", "123456 parameters", "boundaries left"):
+        assert weighed in advice.explanation
 
 
 def test_decision_ids_are_boundary_seed_number():

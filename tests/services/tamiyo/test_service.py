@@ -169,7 +169,7 @@ async def test_a_run_is_advised_with_kernels_of_the_library(mesh):
     (decision,) = advice.decisions
     assert (Action.GERMINATE, "1.0.0", "SATURATED") == (decision.action, decision.decision_id, decision.reason)
     assert decision.kernel.kernel_id in kernels
-    assert "20 us" in decision.explanation
+    assert "20 us" in advice.explanation
     assert advice.prefetch[0] in kernels
 
 

@@ -56,6 +56,7 @@ def write_run(folder: Path, arm: str, seed: int, accuracy: float, loss: float, *
             "validation_accuracy": 0.9,
             "parameters": 1000 + 100 * b,
             "training_flops": 1e9 * b,
+            "advice": f"4 kernels fitted at boundary {b}.",
         }
         for b in (1, 2, 3)
     ]
@@ -115,7 +116,14 @@ def test_the_page_of_a_run_stands_alone_and_tells_what_grew(tmp_path):
     assert [] == page.loads
     assert [] == page.open
     assert 2 == text.count("<svg ")
-    for expected in ("conv_bottleneck", "width 4 is used up", "at least 0.0500", "1 of 1 seeds stayed", "97.00 %"):
+    for expected in (
+        "conv_bottleneck",
+        "width 4 is used up",
+        "4 kernels fitted at boundary 1",
+        "at least 0.0500",
+        "1 of 1 seeds stayed",
+        "97.00 %",
+    ):
         assert expected in text
     assert "gain &lt;b&gt;0.12" in text
     assert "prefers-color-scheme: dark" in text

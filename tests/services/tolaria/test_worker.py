@@ -207,6 +207,7 @@ class TestGrown:
         assert result["final_parameters"] - result["host_parameters"] == lineage["adaptations"][0]["parameters"] > 0
         report = json.loads((run_dir.path / "report.json").read_text())
         assert "conv_bottleneck at body" in report["verdict"]
+        assert "as the script says" == report["decisions"][0]["advice"]
 
     def test_a_culled_seed_leaves_no_parameters_but_its_flops(self, make_run, kernel_cache):
         """What was tried and taken out is paid for all the same."""
