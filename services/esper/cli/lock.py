@@ -7,6 +7,7 @@ the note and talks to that mesh. The locks are the kernel's (flock): a killed me
 import fcntl
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from esper.mesh.errors import Conflict
 __all__ = ["Endpoint", "HomeLock", "find_running"]
 
 _MESH = "mesh"
+_QUESTIONS_S = 2.0
+"""How long one who wants the lock waits for those who only ask about it."""
+_AGAIN_S = 0.003
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,13 @@ class HomeLock:
     def _take(self, home: Path, part: str) -> None:
         file = (home / f"{part}.lock").open("a+")
         self._files.append(file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        deadline = time.monotonic() + _QUESTIONS_S
+        while not _flock(file, fcntl.LOCK_EX):
+            # Whoever asks whether a mesh runs shares the lock for an instant: that is no owner, and soon over.
+            if _flock(file, fcntl.LOCK_SH) and time.monotonic() < deadline:
+                fcntl.flock(file, fcntl.LOCK_UN)
+                time.sleep(_AGAIN_S)
+                continue
             self._close()
             running = _read(home / f"{part}.json") or _read(home / f"{_MESH}.json")
             where = f" by process {running.pid}, listening at {running.address}" if running else ""
@@ -66,7 +74,7 @@ class HomeLock:
                 f"the home directory {home} is in use{where}: expected a free one; "
                 "stop that process or choose another with --home",
                 reason="HOME_IN_USE",
-            ) from error
+            )
 
     def announce(self, address: str, config_digest: str = "", from_file: Mapping[str, Any] | None = None) -> None:
         """Tell other commands where this mesh listens and what it was configured with; call it once it is ready."""
@@ -98,11 +106,16 @@ def find_running(home: Path) -> Endpoint | None:
     if not lock.exists():
         return None
     with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _read(home / f"{_MESH}.json")
-    return None
+        return None if _flock(file, fcntl.LOCK_SH) else _read(home / f"{_MESH}.json")
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    """Take a lock if it is free now."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(note: Path) -> Endpoint | None:

@@ -1,6 +1,8 @@
 """One mesh per home directory, found by everybody else on it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,30 @@ def test_the_note_of_a_killed_mesh_is_not_believed(tmp_path, run_python):
     )
     assert (tmp_path / "mesh.json").exists()
     assert find_running(tmp_path) is None
+
+
+def test_those_who_ask_never_keep_a_mesh_from_starting(tmp_path):
+    """Commands that look for a running mesh take nothing from the one that starts, and miss none."""
+    poll = (
+        "import sys; from pathlib import Path; from esper.cli.lock import find_running\n"
+        "print(flush=True)\n"
+        "while True: find_running(Path(sys.argv[1]))"
+    )
+    (tmp_path / "mesh.lock").touch()
+    poller = subprocess.Popen([sys.executable, "-c", poll, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert poller.stdout is not None
+        poller.stdout.readline()
+        for number in range(200):
+            lock = HomeLock(tmp_path)
+            lock.announce(f"127.0.0.1:{number}")
+            found = find_running(tmp_path)
+            assert found is not None
+            assert f"127.0.0.1:{number}" == found.address
+            lock.release()
+    finally:
+        poller.kill()
+        poller.communicate()
 
 
 def test_a_mesh_that_is_still_starting_is_not_found(tmp_path):
