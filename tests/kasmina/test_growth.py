@@ -230,9 +230,9 @@ def test_watch_ends() -> None:
     """After its steps the watch is over, the snapshot let go, and a bad loss is the host's own affair."""
     run = Run(watch_steps=10)
     run.germinate(to=S.GRAFTING)
-    assert run.growth.life.snapshot is not None
+    assert run.growth.life.watch.snapshot is not None
     run.steps(12)
-    assert run.growth.life.snapshot is None
+    assert run.growth.life.watch.snapshot is None
     run.growth.step(float("nan"))
     assert S.GRAFTING is run.growth.life.stage(run.site())
 

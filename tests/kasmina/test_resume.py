@@ -100,7 +100,8 @@ def test_resume_is_exact(birth: str, blend: BlendStrategy, pause: int) -> None:
     assert whole.growth.life.layout.document() == resumed.growth.life.layout.document()
     assert json.dumps(whole.growth.lineage()) == json.dumps(resumed.growth.lineage())
     left, right = whole.growth.state_dict(), resumed.growth.state_dict()
-    assert left["detector"] == right["detector"]
+    assert left["watch"]["detector"] == right["watch"]["detector"]
+    assert left["watch"]["windows"] == right["watch"]["windows"]
     assert left["groups"] == right["groups"]
     assert [g["lr"] for g in whole.optimizer.param_groups] == [g["lr"] for g in resumed.optimizer.param_groups]
 
@@ -207,5 +208,5 @@ def test_before_the_first_forward_and_of_another_model() -> None:
     state = resumed.growth.state_dict()
     with pytest.raises(InvalidInput, match="found none of its modules"):
         Run(make=small_cnn).growth.load_state_dict(state)
-    with pytest.raises(InvalidInput, match="expected format 1, found 2"):
-        run.growth.load_state_dict({**state, "format": 2})
+    with pytest.raises(InvalidInput, match="expected format 2, found 1"):
+        run.growth.load_state_dict({**state, "format": 1})

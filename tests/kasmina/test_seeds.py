@@ -177,7 +177,8 @@ def test_g1(change: dict[str, object], codes: list[str]) -> None:
     [
         ({}, []),
         ({"ramp_complete": False}, ["RAMP"]),
-        ({"spikes": 1}, ["SPIKE"]),
+        ({"high": 1}, ["SPIKE"]),
+        ({"losses": 0}, ["NOT_MEASURED"]),
         ({"drift": None}, ["NOT_MEASURED"]),
         ({"drift": 2.5}, ["DRIFT"]),
         ({"drift": math.nan}, ["DRIFT"]),
@@ -185,8 +186,16 @@ def test_g1(change: dict[str, object], codes: list[str]) -> None:
     ],
 )
 def test_g2(change: dict[str, object], codes: list[str]) -> None:
-    """G2 wants a complete ramp, no spike, a measured drift inside the limit."""
-    facts = {"ramp_complete": True, "steps": 5, "min_steps": 5, "spikes": 0, "drift": 0.5, "drift_limit": 2.0} | change
+    """G2 wants a complete ramp, losses that were seen and are not high, a measured drift inside the limit."""
+    facts = {
+        "ramp_complete": True,
+        "steps": 5,
+        "min_steps": 5,
+        "losses": 5,
+        "high": 0,
+        "drift": 0.5,
+        "drift_limit": 2.0,
+    } | change
     assert codes == _codes(seeds.g2_stability(seeds.GraftFacts(**facts)))  # type: ignore[arg-type]
 
 

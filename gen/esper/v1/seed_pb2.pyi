@@ -112,7 +112,7 @@ class _GateBlockEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GateBlock.V
     GATE_BLOCK_RAMP: _GateBlock.ValueType  # 5
     """G2: the ramp is not complete."""
     GATE_BLOCK_SPIKE: _GateBlock.ValueType  # 6
-    """G2: a loss spike was seen."""
+    """G2: the training loss is high right now; one that stays high takes the seed out."""
     GATE_BLOCK_DRIFT: _GateBlock.ValueType  # 7
     """G2: downstream activations drifted beyond the limit."""
     GATE_BLOCK_INTERFACE: _GateBlock.ValueType  # 8
@@ -144,7 +144,7 @@ GATE_BLOCK_NOT_LEARNING: GateBlock.ValueType  # 4
 GATE_BLOCK_RAMP: GateBlock.ValueType  # 5
 """G2: the ramp is not complete."""
 GATE_BLOCK_SPIKE: GateBlock.ValueType  # 6
-"""G2: a loss spike was seen."""
+"""G2: the training loss is high right now; one that stays high takes the seed out."""
 GATE_BLOCK_DRIFT: GateBlock.ValueType  # 7
 """G2: downstream activations drifted beyond the limit."""
 GATE_BLOCK_INTERFACE: GateBlock.ValueType  # 8

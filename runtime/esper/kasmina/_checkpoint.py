@@ -17,7 +17,6 @@ from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice, S
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.seeds import execution
 from esper.kasmina.sites import Site, site_document, site_from_document
-from esper.kasmina.spikes import HostSnapshot
 from esper.mesh.errors import EsperError, InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -29,14 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(growth: Growth) -> dict[str, Any]:
     """The whole session."""
     life = growth.life
-    for value in growth.losses.read(wait=True):
-        life.detector.update(value)
     return {
         "format": FORMAT,
         "run_id": growth.run_id,
@@ -50,9 +47,7 @@ def save(growth: Growth) -> dict[str, Any]:
         "layout": life.layout.document(),
         "seeds": [_save_seed(growth, run) for run in life.runs.values()],
         "groups": life.groups.document(),
-        "detector": life.detector.state_dict(),
-        "watched": list(life.watched),
-        "snapshot": None if life.snapshot is None else life.snapshot.state_dict(),
+        "watch": life.watch.state_dict(),
         "health": None if growth.observation.sampler is None else growth.observation.sampler.document(),
         "gradient_norm": growth.observation.gradient_norm,
         "records": growth.lineage(),
@@ -72,7 +67,7 @@ def _save_seed(growth: Growth, run: SeedRun) -> dict[str, Any]:
         "birth_gradient": run.birth_gradient,
         "isolation_gain": run.isolation_gain,
         "held_out": run.held_out,
-        "spikes": run.spikes,
+        "losses_before": run.losses_before,
         "failure": run.failure,
         "counterfactual": None if measured is None else asdict(measured),
         "module": None if seed is None else {name: value.detach().clone() for name, value in seed.state_dict().items()},
@@ -113,9 +108,7 @@ def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mappi
     for entry in state["seeds"]:
         _load_seed(growth, entry, found)
     _load_groups(growth, state)
-    life.detector.load_state_dict(state["detector"])
-    life.watched = list(state["watched"])
-    life.snapshot = None if state["snapshot"] is None else HostSnapshot.from_state_dict(state["snapshot"])
+    life.watch.load_state_dict(state["watch"])
     growth.observation.begin()
     assert growth.observation.sampler is not None
     if state["health"] is not None:
@@ -167,7 +160,6 @@ def _clear(growth: Growth) -> None:
     for run in life.runs.values():
         life.take_out(run)
     life.runs.clear()
-    life.unwatch(-1)
     growth.observation.reset()
 
 
@@ -182,7 +174,7 @@ def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, K
         birth_gradient=entry["birth_gradient"],
         isolation_gain=entry["isolation_gain"],
         held_out=entry["held_out"],
-        spikes=entry["spikes"],
+        losses_before=entry["losses_before"],
         failure=entry["failure"],
         counterfactual=None if measured is None else Counterfactual(**measured),
     )

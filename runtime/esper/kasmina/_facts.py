@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from esper.kasmina._seed import SeedRun
     from esper.kasmina.config import Config
     from esper.kasmina.newborn import NewbornGroups
+    from esper.kasmina.spikes import SpikeDetector
 
 __all__ = ["graft", "has_statistics", "impact", "interface", "learning", "leftovers", "shapes", "signals"]
 
@@ -51,7 +52,7 @@ def learning(run: SeedRun, config: Config) -> seeds.LearningFacts:
     )
 
 
-def graft(run: SeedRun, config: Config, steps: int) -> seeds.GraftFacts:
+def graft(run: SeedRun, config: Config, steps: int, detector: SpikeDetector) -> seeds.GraftFacts:
     """For G2."""
     assert run.attachment is not None
     assert run.blend is not None
@@ -60,7 +61,8 @@ def graft(run: SeedRun, config: Config, steps: int) -> seeds.GraftFacts:
         ramp_complete=run.blend.complete,
         steps=steps,
         min_steps=config.min_graft_steps,
-        spikes=run.spikes,
+        losses=detector.seen - run.losses_before,
+        high=detector.high,
         drift=None if ratio is None else float(ratio),
         drift_limit=config.drift_limit,
     )

@@ -126,20 +126,27 @@ class GraftFacts:
     steps: int
     """Optimizer steps since the graft."""
     min_steps: int
-    spikes: int
-    """Loss spikes seen since the graft."""
+    losses: int
+    """Training losses seen since the graft."""
+    high: int
+    """High losses in a row up to now: too few for a spike, which takes the seed out, too many to call it stable."""
     drift: float | None
     """Root mean square of alpha * delta over that of the host's output; None where not measured."""
     drift_limit: float
 
 
 def g2_stability(facts: GraftFacts) -> list[Reason]:
-    """G2: ramp complete, no loss spike, drift of the activations that everything downstream sees inside the limit."""
+    """G2: ramp complete, losses seen and none high, drift of what everything downstream sees inside the limit."""
     drift = facts.drift
     return _blocked(
         [
             (not facts.ramp_complete, "RAMP", "the ramp of alpha is not complete"),
-            (facts.spikes > 0, "SPIKE", f"expected no loss spike since the graft, found {facts.spikes}"),
+            (
+                facts.high > 0,
+                "SPIKE",
+                f"expected the training loss to be calm, found {facts.high} high losses in a row",
+            ),
+            (facts.losses <= 0, "NOT_MEASURED", "no training loss was seen since the graft: growth.step() got none"),
             (drift is None, "NOT_MEASURED", "the drift of activations was not measured yet"),
             (
                 drift is not None and not drift <= facts.drift_limit,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from esper.kasmina import _facts, seeds
+from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
 from esper.kasmina.blending import Blend, resolve
 from esper.kasmina.control import Outcome, Stage
@@ -19,7 +20,6 @@ from esper.kasmina.isolation import IsolationTrainer, birth_check
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.newborn import NewbornGroups
 from esper.kasmina.seeds import Reason
-from esper.kasmina.spikes import HostSnapshot, SpikeDetector
 from esper.mesh.errors import Conflict
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ class Lifecycle:
         self.runs: dict[int, SeedRun] = {}
         """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
-        self.detector = SpikeDetector(threshold=config.spike_threshold, patience=config.spike_patience)
-        self.snapshot: HostSnapshot | None = None
-        self.watched: list[int] = []
-        """Seeds whose graft the armed detector watches."""
+        self.watch = GraftWatch(model, optimizer, config)
         host = sum(p.numel() for p in model.parameters())
         self.host_parameters = host
         self.budget = host if config.parameter_budget is None else config.parameter_budget
@@ -144,7 +141,7 @@ class Lifecycle:
         if to is Stage.GRAFTING:
             return seeds.g1_learning(_facts.learning(run, self.config))
         if to is Stage.STABILIZING:
-            return seeds.g2_stability(_facts.graft(run, self.config, self._steps(run)))
+            return seeds.g2_stability(_facts.graft(run, self.config, self._steps(run), self.watch.detector))
         if to is Stage.EVALUATING:
             return seeds.g3_interface(_facts.interface(run, self.groups, self._steps(run), self._settle_steps))
         if to is Stage.FOSSILIZED:
@@ -216,8 +213,8 @@ class Lifecycle:
 
     def _graft_now(self, run: SeedRun) -> None:
         assert run.attachment is not None
-        if not self.detector.armed or not self.watched:
-            self.snapshot = HostSnapshot.take(self.model, self.optimizer, max_bytes=self.config.snapshot_max_bytes)
+        self.watch.begin(run.index)
+        run.losses_before = self.watch.detector.seen
         self.join(run)
         run.isolation = None
         run.attachment.seed.capture = None
@@ -225,8 +222,6 @@ class Lifecycle:
         run.blend = self.blend(run)
         run.blend.start()
         self.groups.compensate(run.index, run.attachment.seed.alpha)
-        self.watched.append(run.index)
-        self.detector.arm(self.config.watch_steps)
 
     def join(self, run: SeedRun) -> None:
         """Add the newborn's optimizer group."""
@@ -252,7 +247,7 @@ class Lifecycle:
 
     def _fossilize(self, run: SeedRun) -> None:
         self.groups.merge(run.index)
-        self.unwatch(run.index)
+        self.watch.fossilized(run.index)
 
     # ---- ways out ----------------------------------------------------------------------------------------------------
 
@@ -290,12 +285,15 @@ class Lifecycle:
         return reasons
 
     def roll_back(self, why: str) -> tuple[list[SeedRun], bool]:
-        """Take out every watched newborn and restore the snapshot; returns them, and whether the host was restored."""
-        blamed = [self.runs[seed] for seed in self.watched if seed in self.runs]
-        restored, snapshot = self.snapshot is not None, self.snapshot
+        """Take out every newborn whose window is open and restore the host to before the first of them.
+
+        Returns:
+            The newborns, and whether the host was restored.
+        """
+        blamed, snapshot = [self.runs[seed] for seed in self.watch.seeds], self.watch.snapshot
         for run in blamed:
-            run.failure, run.spikes = why, run.spikes + 1
-            if restored:
+            run.failure = why
+            if snapshot is not None:
                 self._enter(run, Stage.ROLLED_BACK)
                 self._remove(run)
                 self.layout.closed_boundaries[run.index] = self.config.lock_boundaries
@@ -304,16 +302,7 @@ class Lifecycle:
                 self.cull(run, why, self.config.embargo_boundaries)
         if snapshot is not None:
             snapshot.restore(self.model, self.optimizer)
-        self.watched.clear()
-        self.unwatch(-1)
-        return blamed, restored
-
-    def unwatch(self, seed: int) -> None:
-        """Stop watching a graft; without any left, disarm and let the snapshot go."""
-        self.watched = [other for other in self.watched if other != seed]
-        if not self.watched:
-            self.detector.disarm()
-            self.snapshot = None
+        return blamed, snapshot is not None
 
     def lock(self, run: SeedRun, boundaries: int) -> None:
         """ROLLED_BACK for a seed that was rolled back after the checkpoint to which the run went back."""
@@ -327,20 +316,25 @@ class Lifecycle:
         if run.attachment is not None:
             run.attachment.detach()
         run.attachment = run.isolation = run.blend = run.kernel = None
+        self.watch.forget(run.index)
 
     def _remove(self, run: SeedRun) -> None:
         self.take_out(run)
         self.layout.alpha[run.index] = 0.0
-        if run.index in self.watched:
-            self.unwatch(run.index)
 
-    # ---- every step --------------------------------------------------------------------------------------------------
+    # ---- clocks ------------------------------------------------------------------------------------------------------
+
+    def tick_boundary(self) -> None:
+        """Count a boundary, and see which ramps are complete: the device is in order here."""
+        self.layout.tick_boundary()
+        for run in self.runs.values():
+            if run.blend is not None:
+                run.blend.settled = run.blend.complete
 
     def step(self, loss: Tensor | None) -> None:
-        """After an optimizer step: advance ramps, train in isolation, end a watch that is over."""
-        if self.watched and not self.detector.armed:
-            self.watched.clear()
-            self.unwatch(-1)
+        """After an optimizer step: advance ramps, train in isolation, count the windows after grafts."""
+        if self.watch.seeds:
+            self.watch.step({r.index for r in self.runs.values() if r.blend is not None and not r.blend.settled})
         for run in self.runs.values():
             if run.attachment is None:
                 continue

@@ -79,7 +79,8 @@ class SeedRun:
     isolation_gain: float | None = None
     held_out: int = 0
     counterfactual: Counterfactual | None = None
-    spikes: int = 0
+    losses_before: int = 0
+    """Training losses that the run had seen when the seed was grafted."""
     failure: str = ""
 
     @property

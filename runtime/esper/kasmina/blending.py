@@ -69,6 +69,8 @@ class Blend:
         self.steps = max(1, steps)
         self.alpha = alpha
         self.drift_limit = drift_limit
+        self.settled = False
+        """True once the ramp was seen complete, at a boundary; unlike `complete` it does not read the device."""
         self._mean = torch.full_like(alpha, float("nan"), dtype=torch.float32)
         self._variance = torch.zeros_like(self._mean)
 
@@ -84,7 +86,8 @@ class Blend:
 
     def start(self) -> None:
         """Set alpha for the first grafted step: never 0, which would give the newborn no gradient."""
-        self.alpha.fill_(1.0 if self.strategy is BlendStrategy.IMMEDIATE else 1.0 / self.steps)
+        self.settled = self.strategy is BlendStrategy.IMMEDIATE
+        self.alpha.fill_(1.0 if self.settled else 1.0 / self.steps)
 
     def step(self, signals: Signals) -> None:
         """Advance alpha after an optimizer step where the strategy's condition holds."""
@@ -131,6 +134,7 @@ class Blend:
         return {
             "strategy": self.strategy.value,
             "steps": self.steps,
+            "settled": self.settled,
             "mean": self._mean.detach().clone(),
             "variance": self._variance.detach().clone(),
         }
@@ -138,4 +142,5 @@ class Blend:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.strategy, self.steps = BlendStrategy(state["strategy"]), state["steps"]
+        self.settled = state["settled"]
         self._mean, self._variance = state["mean"].to(self.alpha.device), state["variance"].to(self.alpha.device)

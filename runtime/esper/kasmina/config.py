@@ -66,13 +66,14 @@ class Config:
     """Largest gradient norm with which G1 lets a seed pass."""
 
     watch_steps: int = 200
-    """Steps after a graft in which a loss spike rolls it back."""
+    """Steps after a graft's ramp is complete until which a loss spike rolls it back."""
     spike_threshold: float = 8.0
     """Modified z-score from which a loss counts as high."""
     spike_patience: int = 3
     """High losses in a row that make a spike."""
     snapshot_max_bytes: int = 2 << 30
-    """Largest snapshot of the host; a larger host is not turned back, only the newborn is taken out."""
+    """Memory for snapshots of the host, one for each graft that is watched; where it does not suffice the host is not
+    turned back, only the newborn is taken out."""
     min_graft_steps: int = 20
     """Steps that G2 wants to see after a graft."""
     drift_limit: float = 20.0

@@ -152,7 +152,7 @@ class Growth:
         if loss is not None:
             self.losses.push(loss)
         for value in self.losses.read():
-            why = self.life.detector.update(value)
+            why = self.life.watch.detector.update(value)
             if why:
                 self._roll_back(why)
                 return
@@ -167,6 +167,7 @@ class Growth:
 
     def _roll_back(self, why: str) -> None:
         blamed, restored = self.life.roll_back(why)
+        self.measurer.forget()
         self.counters["rollbacks"] += 1
         _log.warning("graft rolled back", seeds=[run.index for run in blamed], host_restored=restored, why=why)
         self.plane.event("rollback", {"seeds": [r.index for r in blamed], "host_restored": restored, "why": why})
@@ -197,9 +198,10 @@ class Growth:
             Exception: whatever the user's own validation raises.
         """
         self.boundaries += 1
-        self.life.layout.tick_boundary()
+        self.life.tick_boundary()
+        # Before anything is measured: a late loss may take a seed out, and the validation is of the network without it.
+        self._guard("collect", self.finish_losses)
         validation = self._validate(metrics)
-        self._guard("collect", self._finish_losses)
         self._guard("measure", self._measure)
         self.observation.worker.drain(self.config.drain_timeout_s)
         for run in list(self.life.runs.values()):
@@ -235,9 +237,10 @@ class Growth:
             )
         return validation
 
-    def _finish_losses(self) -> None:
+    def finish_losses(self) -> None:
+        """Wait for the training losses that are still on their way, and judge them."""
         for value in self.losses.read(wait=True):
-            why = self.life.detector.update(value)
+            why = self.life.watch.detector.update(value)
             if why:
                 self._roll_back(why)
 
@@ -330,6 +333,7 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that growth must remember, as tensors and JSON types, for ``torch.load(weights_only=True)``."""
+        self._guard("collect", self.finish_losses)
         self.observation.worker.drain(self.config.drain_timeout_s)
         return _checkpoint.save(self)
 

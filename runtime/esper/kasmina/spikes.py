@@ -7,8 +7,8 @@ that they judge. A loss that is not finite counts at once; a high one when it st
 single bad batch is no instability.
 
 `HostSnapshot` holds one copy of the host's parameters and buffers and of the optimizer's state: the memory of the host
-times two to four (Adam), once, only while the watch lasts, and not at all above a limit: then a spike takes the newborn
-out but can not undo what the host learnt. Steps, schedule and data position are not turned back.
+times two to four (Adam), only while a watch lasts, and not at all above a limit: then a spike takes the newborn out but
+can not undo what the host learnt. Steps, schedule and data position are not turned back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
 
@@ -45,26 +45,21 @@ class SpikeDetector:
         self.patience = patience
         self.minimum = minimum
         self._losses: deque[float] = deque(maxlen=window)
-        self._high = 0
-        self._watch = 0
-        self.spikes = 0
-        """Spikes since the last arming."""
+        self.armed = False
+        """True while a spike would be noticed."""
+        self.high = 0
+        """High losses in a row that are no spike yet."""
+        self.seen = 0
+        """Losses taken, armed or not."""
 
-    def arm(self, steps: int) -> None:
-        """Watch the next `steps` losses."""
-        self._watch = max(self._watch, steps)
-        self._high = 0
-        self.spikes = 0
+    def arm(self) -> None:
+        """Watch from the next loss on."""
+        self.armed = True
 
     def disarm(self) -> None:
         """Stop watching; losses are still remembered."""
-        self._watch = 0
-        self._high = 0
-
-    @property
-    def armed(self) -> bool:
-        """True while a spike would be noticed."""
-        return self._watch > 0
+        self.armed = False
+        self.high = 0
 
     def score(self, loss: float) -> float:
         """Modified z-score of a loss; infinite where it is not finite, 0 while too few are remembered."""
@@ -80,21 +75,20 @@ class SpikeDetector:
 
     def update(self, loss: float) -> str:
         """Take one loss; returns why it makes a spike, or an empty text."""
+        self.seen += 1
         if not self.armed:
             if math.isfinite(loss):
                 self._losses.append(loss)
             return ""
-        self._watch -= 1
         score = self.score(loss)
         if score <= self.threshold:
             self._losses.append(loss)
-            self._high = 0
+            self.high = 0
             return ""
-        self._high += 1
-        if math.isfinite(loss) and self._high < self.patience:
+        self.high += 1
+        if math.isfinite(loss) and self.high < self.patience:
             return ""
-        self.spikes += 1
-        count, self._high = self._high, 0
+        count, self.high = self.high, 0
         if not math.isfinite(loss):
             return f"training loss: expected a finite number, found {loss}"
         return (
@@ -103,13 +97,13 @@ class SpikeDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return {"losses": list(self._losses), "high": self._high, "watch": self._watch, "spikes": self.spikes}
+        return {"losses": list(self._losses), "armed": self.armed, "high": self.high, "seen": self.seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._losses.clear()
         self._losses.extend(state["losses"])
-        self._high, self._watch, self.spikes = state["high"], state["watch"], state["spikes"]
+        self.armed, self.high, self.seen = state["armed"], state["high"], state["seen"]
 
 
 class HostSnapshot:
@@ -124,13 +118,19 @@ class HostSnapshot:
         self.tensors = tensors
         self.moments = moments
 
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory."""
+        moments = (v for state in self.moments.values() for v in state.values() if isinstance(v, Tensor))
+        return _bytes([*self.tensors.values(), *moments])
+
     @classmethod
     def take(cls, model: nn.Module, optimizer: Optimizer, *, max_bytes: int) -> HostSnapshot | None:
         """Copy the present state on its own devices; None where that would take more than `max_bytes`."""
         live = dict(model.named_parameters()) | dict(model.named_buffers())
         states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
         held = [*live.values(), *(v for s in states.values() for v in s.values() if isinstance(v, Tensor))]
-        if sum(t.numel() * t.element_size() for t in held) > max_bytes:
+        if _bytes(held) > max_bytes:
             return None
         tensors = {name: t.detach().clone() for name, t in live.items()}
         return cls(tensors, {name: {k: _clone(v) for k, v in state.items()} for name, state in states.items()})
@@ -160,6 +160,10 @@ class HostSnapshot:
     def from_state_dict(cls, state: Mapping[str, Any]) -> HostSnapshot:
         """Read `state_dict`."""
         return cls(dict(state["tensors"]), dict(state["moments"]))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _clone(value: Any) -> Any:

@@ -103,8 +103,8 @@ def _arriving(situation: Situation, seed: SeedState) -> Proposal | str:
 
 def _grafted(situation: Situation, seed: SeedState) -> Proposal | str:
     limit = situation.rules.graft_patience
-    if seed.blocked_by in {"NOT_FINITE", "SPIKE"}:
-        return _out(situation, seed, seed.blocked_by, "it harms its host")
+    if seed.blocked_by == "NOT_FINITE":
+        return _out(situation, seed, "NOT_FINITE", "it harms its host")
     if _ends(situation):
         return _out(situation, seed, "SCHEDULE_END", "the schedule is over before it could be judged")
     if seed.ready:

@@ -319,7 +319,7 @@ def test_what_has_not_touched_the_host_is_cancelled(seed, reason):
 @pytest.mark.parametrize(
     ("seed", "reason"),
     [
-        (make_seed(0, Stage.GRAFTING, ready=False, blocked_by="SPIKE"), "SPIKE"),
+        (make_seed(0, Stage.GRAFTING, boundaries_in_stage=4, ready=False, blocked_by="SPIKE"), "NOT_STABLE"),
         (make_seed(0, Stage.STABILIZING, ready=False, blocked_by="NOT_FINITE"), "NOT_FINITE"),
         (make_seed(0, Stage.GRAFTING, boundaries_in_stage=4, ready=False, blocked_by="DRIFT"), "NOT_STABLE"),
         (make_seed(0, ready=False, blocked_by="NOT_FINITE"), "NOT_FINITE"),
@@ -336,6 +336,13 @@ def test_what_harms_or_does_not_pay_is_culled(seed, reason):
     """A cull closes its site, and its explanation has the numbers."""
     said, _ = command(seed)
     assert (Action.CULL, reason, RULES.embargo_boundaries) == (said.action, said.reason, said.embargo_boundaries)
+
+
+def test_a_high_loss_is_waited_for():
+    """Too few high losses for a spike hold a seed where it is: the runtime itself takes out one that spikes."""
+    said, explanation = command(make_seed(0, Stage.GRAFTING, ready=False, blocked_by="SPIKE"))
+    assert None is said
+    assert "waits in GRAFTING (SPIKE), 1 of 4 boundaries" in explanation
 
 
 def test_what_pays_is_kept_with_its_numbers():

@@ -685,7 +685,7 @@ class GateBlock(betterproto2.Enum):
 
     SPIKE = 6
     """
-    G2: a loss spike was seen.
+    G2: the training loss is high right now; one that stays high takes the seed out.
     """
 
     DRIFT = 7
