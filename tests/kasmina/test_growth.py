@@ -365,11 +365,25 @@ def test_several_seeds_and_limits() -> None:
     assert 2 == len(run.optimizer.param_groups)
     run.growth.life.budget = 100
     big = run.kernel("zero", "first", "series", id="sha256:" + "c" * 64)
-    assert (
-        run.boundary(run.decide(Action.GERMINATE, run.site("first", "series"), kernel=choice(big.id))).applied[0].done
-    )
-    assert S.CANCELLED is run.growth.life.stage(run.site("first", "series"))
+    found = run.boundary(run.decide(Action.GERMINATE, run.site("first", "series"), kernel=choice(big.id))).applied[0]
+    assert (S.CANCELLED, True) == (found.stage, "budget" in str(found.refused[0]))
     assert "budget" in run.plane.reports[-1].reason
+
+
+def test_loaded_kernels_reserve_their_parameters() -> None:
+    """Two kernels that fit the budget alone, but not together, do not both grow, whenever they come."""
+    run = Run(parameter_budget=250, max_active_seeds=3)
+    run.germinate()
+    second = run.kernel("zero", "first", "series", id="sha256:" + "b" * 64)
+    assert 256 == second.manifest.parameter_count
+    found = run.boundary(
+        run.decide(Action.GERMINATE, run.site("first", "series"), kernel=choice(second.id), to_stage=S.GRAFTING)
+    ).applied[0]
+    assert (S.CANCELLED, True) == (found.stage, "found 256 for 154 left" in str(found.refused[0]))
+    # What was reserved is asked again at the door.
+    run.growth.life.budget = 90
+    found = run.boundary(run.decide(Action.ADVANCE, to_stage=S.GRAFTING)).applied[0]
+    assert (S.LOADING, True) == (found.stage, "found 96 for 90 left" in str(found.refused[0]))
 
 
 def test_dormant_without_a_mesh() -> None:

@@ -142,6 +142,18 @@ def test_kernel_that_comes_late() -> None:
     assert S.GRAFTING is run.boundary(run.decide(Action.ADVANCE, to_stage=S.GRAFTING)).applied[0].stage
 
 
+def test_a_kernel_refused_on_the_way() -> None:
+    """An advance that finds the kernel refused says why, not that a cancelled seed can not advance."""
+    run = Run(plane=_LateKernel())
+    run.plane.answers = []
+    run.germinate()
+    run.steps(1)
+    # One look at the beginning of the boundary, one when the decision is carried out.
+    run.plane.answers = [None, NotFound("revoked")]
+    found = run.boundary(run.decide(Action.ADVANCE, to_stage=S.GRAFTING)).applied[0]
+    assert (S.CANCELLED, ["revoked"]) == (found.stage, [str(r) for r in found.refused])
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -157,8 +169,9 @@ def test_kernel_that_can_not_be_had(answer: Any, said: str) -> None:
     run.plane.answers = []
     run.steps()
     run.plane.answers = [answer]
-    run.boundary(run.decide(Action.GERMINATE, kernel=choice(KERNEL)))
+    found = run.boundary(run.decide(Action.GERMINATE, kernel=choice(KERNEL))).applied[0]
     assert S.CANCELLED is run.growth.life.stage(run.site())
+    assert said in str(found.refused[0])
     assert said in run.plane.reports[-1].reason
     assert Outcome.CANCELLED is run.plane.reports[-1].outcome
     assert "esper" not in "".join(run.model.state_dict())

@@ -14,7 +14,7 @@ from esper.kasmina.control import Action, BlendStrategy, Stage
 from esper.kasmina.local import LocalPlane
 from esper.mesh.errors import InvalidInput, NotFound
 from tests.kasmina.hosts import choice, small_cnn
-from tests.kasmina.loops import KERNEL, Run
+from tests.kasmina.loops import KERNEL, OTHER, Run
 
 S = Stage
 
@@ -109,6 +109,39 @@ def test_resume_is_exact(birth: str, blend: BlendStrategy, pause: int) -> None:
 def _rest(run: Run) -> None:
     # `steps` always begins at the first batch; an epoch that is cut after 10 of them goes on with six from there.
     run.steps(6)
+
+
+def _late_kernel(run: Run, boundary: int) -> None:
+    """Two seeds at one module: the first to germinate is the last to get its kernel."""
+    series, spare = run.site("head", "series"), run.site()
+    if boundary == 1:
+        run.boundary(run.decide(Action.GERMINATE, spare, kernel=choice(KERNEL)))
+    elif boundary == 2:
+        run.kernel("zero", "head", "series", id=OTHER)
+        given = choice(OTHER, scale=1.0)
+        run.boundary(run.decide(Action.GERMINATE, series, kernel=given, to_stage=S.GRAFTING))
+    else:
+        run.kernel("zero")
+        run.boundary(run.decide(Action.ADVANCE, spare, to_stage=S.GRAFTING))
+
+
+def test_resume_keeps_the_order_of_the_hooks() -> None:
+    """Seeds at one module run in the order in which they were attached, before and after a resumption."""
+    whole, stopped = Run(**OPTIONS), Run(**OPTIONS)
+    for run in (whole, stopped):
+        for boundary in range(1, 4):
+            run.steps()
+            _late_kernel(run, boundary)
+        run.steps()
+    series, spare = whole.site("head", "series"), whole.site()
+    assert {S.GRAFTING} == {whole.growth.life.stage(seed) for seed in (series, spare)}
+    resumed = _resume(_save(stopped), kernels=stopped.plane.kernels, **OPTIONS)
+    assert [series, spare] == list(resumed.growth.life.runs)
+    for run in (whole, resumed):
+        run.steps()
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert list(a) == list(b)
+    assert [] == [k for k in a if not torch.equal(a[k], b[k])]
 
 
 def test_rollback_after_resume() -> None:

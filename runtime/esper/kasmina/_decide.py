@@ -157,8 +157,10 @@ class Decider:
         run.record["decisions"].append(_decision_document(decision))
         life.germinate(run)
         self._plane.request_kernel(choice.kernel_id, site.descriptor.signature)
+        if decision.to_stage is not None:
+            return self._advance(run, decision.to_stage)
         self.poll(run)
-        return [] if decision.to_stage is None else self._advance(run, decision.to_stage)
+        return self._cancelled(run)
 
     def poll(self, run: SeedRun) -> None:
         """Look for the kernel of a LOADING seed; a refused or unfit one cancels it."""
@@ -183,11 +185,17 @@ class Decider:
         else:
             run.kernel = kernel
 
+    def _cancelled(self, run: SeedRun) -> list[Reason]:
+        """Why the kernel could not be had, where that ended the seed."""
+        return [Reason("OTHER", run.failure)] if self._life.stage(run.index) is Stage.CANCELLED else []
+
     def _advance(self, run: SeedRun, target: Stage | None) -> list[Reason]:
         life = self._life
         if target is None:
             return [Reason("OTHER", f"seed {run.index}: expected a stage to advance to, found none")]
         self.poll(run)
+        if reasons := self._cancelled(run):
+            return reasons
         for stage in seeds.forward_path(life.stage(run.index), target):
             reasons = life.gate(run, stage)
             if reasons:

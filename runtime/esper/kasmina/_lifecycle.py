@@ -84,6 +84,12 @@ class Lifecycle:
         """Parameters of living and fossilized seeds."""
         return sum(run.parameters for run in self.runs.values() if run.attachment is not None)
 
+    def _parameters_left(self, run: SeedRun | None) -> int:
+        """Budget that others than `run` leave: what is attached, and what loaded kernels are about to bring."""
+        others = [other for other in self.runs.values() if other is not run]
+        reserved = sum(o.kernel.manifest.parameter_count for o in others if o.kernel is not None and not o.attachment)
+        return self.budget - reserved - sum(o.parameters for o in others if o.attachment is not None)
+
     def stage(self, seed: int) -> Stage:
         """Stage of one seed."""
         return self.layout.stage_of(seed)
@@ -108,7 +114,7 @@ class Lifecycle:
             # The cache loads none but validated kernels: whether this one is shows when it is here.
             validated=True,
             unfit=unfit,
-            parameters_left=self.budget - self.parameters_added,
+            parameters_left=self._parameters_left(None),
             kernel_parameters=None,
             living=self.layout.living,
             max_living=self.config.max_active_seeds,
@@ -127,7 +133,7 @@ class Lifecycle:
             kernel_named=True,
             validated=True,
             unfit=tuple(unfit),
-            parameters_left=self.budget - self.parameters_added,
+            parameters_left=self._parameters_left(run),
             kernel_parameters=manifest.parameter_count,
             living=self.layout.living - 1,
             max_living=self.config.max_active_seeds,
@@ -137,7 +143,8 @@ class Lifecycle:
     def gate(self, run: SeedRun, to: Stage) -> list[Reason]:
         """Why `run` may not enter `to` now; empty where it may."""
         if to is Stage.TRAINING:
-            return [] if run.kernel is not None else [Reason("KERNEL_PENDING", "the kernel is not loaded yet")]
+            pending = [Reason("KERNEL_PENDING", "the kernel is not loaded yet")]
+            return pending if run.kernel is None else self.kernel_unfit(run, run.kernel)
         if to is Stage.GRAFTING:
             return seeds.g1_learning(_facts.learning(run, self.config))
         if to is Stage.STABILIZING:
@@ -205,6 +212,8 @@ class Lifecycle:
         if run.birth != "zero":
             run.isolation = self.trainer(seed)
         run.attachment = Attachment.attach(self.model, run.site, seed)
+        # A kernel that came late is attached after those that overtook it: hooks do not run in the order of birth.
+        self.runs[run.index] = self.runs.pop(run.index)
 
     def trainer(self, seed: SeedModule) -> IsolationTrainer:
         """The private training of a seed."""

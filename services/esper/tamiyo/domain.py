@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from esper.kasmina.seeds import LIVING
 from esper.tamiyo.overlap import Overlaps
 
 if TYPE_CHECKING:
@@ -126,10 +127,16 @@ class Situation:
         total, start = self.hello.total_steps, self.hello.decay_start
         return total is not None and start is not None and self.state.step >= start * total
 
-    @property
+    @cached_property
     def parameters_left(self) -> int:
-        """Budget of the run minus what has grown, in elements."""
-        return self.hello.parameter_budget - self.state.parameters_added
+        """Budget of the run minus what has grown and what is on its way, in elements.
+
+        A seed has no parameters until it is attached; those of its kernel are spoken for all the same.
+        """
+        coming = [seed.kernel_id for seed in self.state.seeds if not seed.parameters and seed.stage in LIVING]
+        kernels = self.shelf.kernels
+        reserved = sum(kernels[kernel_id].parameters for kernel_id in coming if kernel_id in kernels)
+        return self.hello.parameter_budget - self.state.parameters_added - reserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,6 +161,10 @@ def test_a_lawful_germination_passes():
     [
         (make_situation(make_state(seeds=[make_seed(1), make_seed(2)])), "2 of at most 2 seeds are alive"),
         (make_situation(make_state(parameters_added=1800)), "300 parameters, 200 of the budget left"),
+        (
+            make_situation(make_state(parameters_added=1500, seeds=[make_seed(1, Stage.LOADING, parameters=0)])),
+            "300 parameters, 200 of the budget left",
+        ),
         (make_situation(make_state(parameters_added=2000)), "budget of 2000 parameters is used up"),
         (make_situation(make_state(14)), "last decay, which began at 70%"),
         (make_situation(make_state(4), make_hello(total_steps=800, decay_start=None)), "4.0 boundaries are left"),
