@@ -40,6 +40,10 @@ class Run:
         self.growth: Growth = wrap(self.model, self.optimizer, mesh=self.plane, **(defaults | options))
         self.train, self.held_out = blobs(128), blobs(64, seed=2)
         self.validations = 0
+        self.clears_first = False
+        """The loop clears gradients before it tells growth of the step, as in growth's own description."""
+        self.shape: Callable[[torch.Tensor], Any] = lambda loss: loss
+        """What the loop hands over as the loss of a step."""
 
     def validate(self) -> dict[str, Any]:
         """Loss per batch, in a fixed order."""
@@ -64,7 +68,9 @@ class Run:
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
-            self.growth.step(loss)
+            if self.clears_first:
+                self.optimizer.zero_grad()
+            self.growth.step(self.shape(loss))
 
     def boundary(self, *decisions: Decision, metrics: Any = None) -> BoundaryReport:
         """A validation with these decisions; with none, the plane is asked."""

@@ -81,6 +81,35 @@ def test_random_output_trains_in_isolation_and_ramps(blend: BlendStrategy) -> No
     run.growth.close()
 
 
+@pytest.mark.parametrize("shape", ["number", "vector"])
+def test_ramps_take_a_loss_in_any_form(shape: str) -> None:
+    """A ramp that looks at the loss rises as well where the loop gives a plain number, or one loss per sample."""
+    run = Run(isolation_learning_rate=1e-2)
+    run.shape = torch.Tensor.item if shape == "number" else (lambda loss: loss.detach().expand(8))
+    run.germinate("random", blend=BlendStrategy.PERFORMANCE, steps=8)
+    assert S.GRAFTING is run.advance(S.GRAFTING)
+    assert S.STABILIZING is run.advance(S.STABILIZING)
+    assert 0 == run.growth.counters["failed_step"]
+
+
+def test_gradients_may_be_cleared_before_growth_is_told() -> None:
+    """The host's gradient is measured, and ramps that follow it rise, in either order of the loop, to the same bits."""
+    runs = [Run(isolation_learning_rate=1e-2) for _ in range(2)]
+    for run, clears_first in zip(runs, (False, True), strict=True):
+        run.clears_first = clears_first
+        run.germinate("random", blend=BlendStrategy.GRADIENT_NORM, steps=8)
+        assert run.growth.observation.gradient_norm is not None
+        assert S.GRAFTING is run.advance(S.GRAFTING)
+        assert S.STABILIZING is run.advance(S.STABILIZING)
+    after, before = runs
+    assert after.growth.observation.gradient_norm == before.growth.observation.gradient_norm
+    a, b = after.model.state_dict(), before.model.state_dict()
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    for run in runs:
+        run.growth.close()
+        assert not run.optimizer._optimizer_step_post_hooks
+
+
 def test_isolation_does_not_touch_the_host() -> None:
     """The host that trains beside an isolated seed ends with the same bits as one that has none."""
     bare, grown = Run(), Run()
@@ -262,6 +291,34 @@ def test_missing_is_missing() -> None:
     assert run.boundary(run.decide(Action.ADVANCE, to_stage=S.FOSSILIZED)).applied[0].done
 
 
+def test_a_failed_measurement_leaves_nothing_behind() -> None:
+    """A seed whose measuring fails is not judged by what was measured before; the others are measured all the same."""
+    run = Run()
+    run.germinate(to=S.GRAFTING)
+    run.kernel("zero", "head", "series", id="sha256:" + "b" * 64)
+    second = run.site("head", "series")
+    run.steps()
+    run.boundary(run.decide(Action.GERMINATE, second, kernel=choice("sha256:" + "b" * 64), to_stage=S.GRAFTING))
+    run.steps()
+    run.boundary(
+        *(run.decide(Action.ADVANCE, seed, to_stage=S.FINE_TUNING) for seed in (run.site(), second)),
+    )
+    runs = run.growth.life.runs
+    assert None not in {runs[run.site()].counterfactual, runs[second].counterfactual}
+    first = runs[run.site()].attachment
+    assert first is not None
+
+    def fragile() -> dict[str, object]:
+        if not first.seed.enabled:
+            raise RuntimeError("out of memory")
+        return run.validate()
+
+    run.boundary(metrics=fragile)
+    assert None is runs[run.site()].counterfactual
+    assert None is not runs[second].counterfactual
+    assert 1 == run.growth.counters["failed_measure"]
+
+
 def test_validate_given_to_wrap() -> None:
     """A validation given to wrap serves the measurement where boundaries get finished numbers."""
     run = Run()
@@ -342,7 +399,7 @@ def test_state_at_a_boundary() -> None:
     assert 1100.0 == states[-1].flops_per_sample
     run.steps()
     run.boundary(metrics={"loss": float("nan")})
-    assert (states[-1].validation_loss, states[-1].epoch) == (None, None)
+    assert (str(states[-1].validation_loss), states[-1].epoch) == ("nan", None)
     run.growth.observation.worker.drain(5.0)
     columns = run.plane.health[-1]
     assert ((run.site(),), (int(S.GRAFTING),), (1.0,)) == (columns.seed, columns.stage, columns.alpha)

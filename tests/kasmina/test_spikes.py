@@ -9,7 +9,7 @@ import random
 import torch
 from torch import nn
 
-from esper.kasmina._losses import LossReader
+from esper.kasmina._losses import LossReader, scalar
 from esper.kasmina.spikes import HostSnapshot, SpikeDetector
 
 
@@ -130,6 +130,6 @@ def test_loss_reader() -> None:
     reader = LossReader()
     assert reader.mean() is None
     for loss in (1.0, torch.tensor(2.0, requires_grad=True), torch.tensor([2.0, 4.0])):
-        reader.push(loss)
+        reader.push(scalar(loss))
     assert [1.0, 2.0, 3.0] == list(reader.read())
     assert (2.0, None) == (reader.mean(), reader.mean())

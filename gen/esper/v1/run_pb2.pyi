@@ -497,9 +497,9 @@ class TrainingState(_message.Message):
     epoch: _builtins.float
     """Epochs done, in fractions; absent where the loop does not count them."""
     train_loss: _builtins.float
-    """Mean training loss since the last boundary; absent when not measured."""
+    """Mean training loss since the last boundary; absent when not measured, NaN or infinite where that was measured."""
     validation_loss: _builtins.float
-    """Mean validation loss; absent when not measured."""
+    """Mean validation loss; absent when not measured, NaN or infinite where that was measured."""
     validation_accuracy: _builtins.float
     """Validation accuracy, 0 to 1; absent when not measured."""
     learning_rate: _builtins.float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from esper.kasmina import seeds
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from esper.kasmina._gradient import Gradient
     from esper.kasmina._seed import SeedRun
     from esper.kasmina.config import Config
     from esper.kasmina.newborn import NewbornGroups
@@ -103,7 +103,7 @@ def leftovers(run: SeedRun, model: nn.Module, optimizer: Optimizer) -> seeds.Res
     )
 
 
-def signals(run: SeedRun, model: nn.Module, groups: NewbornGroups, loss: Tensor | None) -> Signals:
+def signals(run: SeedRun, groups: NewbornGroups, loss: Tensor | float | None, gradient: Gradient | None) -> Signals:
     """For a blend strategy after an optimizer step."""
     assert run.attachment is not None
     assert run.blend is not None
@@ -111,13 +111,5 @@ def signals(run: SeedRun, model: nn.Module, groups: NewbornGroups, loss: Tensor 
     if run.blend.needs_host_gradient:
         norm = groups.gradient_norm(run.index)
         newborn = None if norm is None else norm / max(1, run.parameters) ** 0.5
-        host = _rms_gradient([p for name, p in model.named_parameters() if "esper_seed_" not in name])
+        host = None if gradient is None else gradient.rms
     return Signals(loss=loss, drift=run.attachment.seed.ratio, newborn_gradient=newborn, host_gradient=host)
-
-
-def _rms_gradient(parameters: list[nn.Parameter]) -> Tensor | None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return None
-    rms: Tensor = torch.nn.utils.get_total_norm(gradients) / sum(g.numel() for g in gradients) ** 0.5
-    return rms

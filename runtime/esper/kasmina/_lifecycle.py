@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from esper.kasmina import _facts, seeds
+from esper.kasmina._gradient import HostGradient
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
 from esper.kasmina.blending import Blend, resolve
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from esper.kasmina._gradient import Gradient
     from esper.kasmina._seed import KernelLike, SeedRun
     from esper.kasmina.config import Config
     from esper.kasmina.control import KernelChoice
@@ -67,6 +69,7 @@ class Lifecycle:
         """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
         self.watch = GraftWatch(model, optimizer, config)
+        self.gradient = HostGradient(optimizer)
         host = sum(p.numel() for p in model.parameters())
         self.host_parameters = host
         self.budget = host if config.parameter_budget is None else config.parameter_budget
@@ -241,7 +244,10 @@ class Lifecycle:
         """The strategy that drives the seed's alpha."""
         assert run.attachment is not None
         strategy = resolve(run.choice.blend, run.birth)
-        return Blend(strategy, run.choice.blend_steps, run.attachment.seed.alpha)
+        blend = Blend(strategy, run.choice.blend_steps, run.attachment.seed.alpha)
+        if blend.needs_host_gradient:
+            self.gradient.want()
+        return blend
 
     def _stabilize(self, run: SeedRun) -> None:
         assert run.attachment is not None
@@ -340,8 +346,13 @@ class Lifecycle:
             if run.blend is not None:
                 run.blend.settled = run.blend.complete
 
-    def step(self, loss: Tensor | None) -> None:
-        """After an optimizer step: advance ramps, train in isolation, count the windows after grafts."""
+    def step(self, loss: Tensor | float | None, gradient: Gradient | None) -> None:
+        """After an optimizer step: advance ramps, train in isolation, count the windows after grafts.
+
+        Args:
+            loss: of this step, one number.
+            gradient: of the host at this step, where it was wanted.
+        """
         if self.watch.seeds:
             self.watch.step({r.index for r in self.runs.values() if r.blend is not None and not r.blend.settled})
         for run in self.runs.values():
@@ -352,4 +363,6 @@ class Lifecycle:
                 capture, seed.capture = seed.capture, None
                 run.isolation.step(capture)
             elif run.blend is not None:
-                run.blend.step(_facts.signals(run, self.model, self.groups, loss))
+                run.blend.step(_facts.signals(run, self.groups, loss, gradient))
+                if run.blend.needs_host_gradient:
+                    self.gradient.want()

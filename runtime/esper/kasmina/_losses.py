@@ -11,7 +11,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LossReader"]
+__all__ = ["LossReader", "scalar"]
+
+
+def scalar(loss: Tensor | float) -> Tensor | float:
+    """One number of a loss as a loop has it: the mean of a tensor of any shape; the device is not waited for."""
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    # On the fast way of a run: no new tensors for a loss that is one number already.
+    return loss if loss.dim() == 0 else loss.detach().float().mean()
 
 
 class LossReader:
@@ -25,17 +33,16 @@ class LossReader:
         self.count = 0
 
     def push(self, loss: Tensor | float) -> None:
-        """Take the loss of one step."""
+        """Take the loss of one step, as `scalar` gives it."""
         if not isinstance(loss, Tensor):
-            self._ready.append(float(loss))
+            self._ready.append(loss)
         elif loss.device.type == "cuda":
-            copy = loss.detach().float().mean().to("cpu", non_blocking=True)
+            copy = loss.detach().float().to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves its events untyped
             event.record()
             self._pending.append((copy, event))
         else:
-            # On the fast way of a CPU run: no new tensors for a loss that is one number already.
-            self._ready.append(loss.item() if loss.dim() == 0 else float(loss.detach().float().mean()))
+            self._ready.append(loss.item())
 
     def read(self, *, wait: bool = False) -> Iterator[float]:
         """The losses whose copies have arrived, in order.

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from esper.kasmina._causal import is_causal
 from esper.kasmina._probe import Call, ForwardWatch, Recorder
 from esper.kasmina.health import HealthSampler, Worker
-from esper.kasmina.newborn import host_groups
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import Discovery, discover, observe
 from esper.mesh.logging import get_logger
@@ -17,9 +14,9 @@ from esper.mesh.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from esper.kasmina._gradient import Gradient
     from esper.kasmina._lifecycle import Lifecycle
     from esper.kasmina.config import Config
     from esper.kasmina.control import SiteDescriptor
@@ -36,7 +33,6 @@ class Observation:
 
     Args:
         life: the seeds of the host; it is given the sites that are found.
-        optimizer: the host's, for the gradient's norm.
         config: options.
         select: keeps a site when true.
         ready: called when the sites are known.
@@ -45,7 +41,6 @@ class Observation:
     def __init__(
         self,
         life: Lifecycle,
-        optimizer: Optimizer,
         config: Config,
         select: Callable[[SiteDescriptor], bool] | None,
         ready: Callable[[], None],
@@ -57,7 +52,6 @@ class Observation:
         """L2 norm of the host's gradient at the last sampled step."""
         self._life = life
         self._model = life.model
-        self._optimizer = optimizer
         self._config = config
         self._select = select
         self._ready = ready
@@ -121,6 +115,9 @@ class Observation:
     def arm(self, step: int) -> None:
         """Have the next forward sampled when it is its turn."""
         every = self._config.sample_every
+        if self._watch is not None and self.sampler is not None:
+            # Its forward may come at any step; the gradient is wanted on that one.
+            self._life.gradient.want()
         if self.sampler is None or not every or step % every or self._misses >= _MAX_MISSES:
             return
         if self._watch is not None:
@@ -135,17 +132,21 @@ class Observation:
                 run.attachment.seed.measuring = True
         sampler = self.sampler
         self._watch = ForwardWatch(self._model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
+        self._life.gradient.want()
 
-    def collect(self) -> bool:
-        """After a step: hand what its forward gave to the worker; False where it was not a sampled one."""
+    def collect(self, gradient: Gradient | None) -> bool:
+        """After a step: hand what its forward gave to the worker; False where it was not a sampled one.
+
+        Args:
+            gradient: the host's at this step, where it is known.
+        """
         if self.sampler is None or self._watch is None or self._watch.armed:
             return False
         self._watch = None
         self._misses = 0
         self.sampler.collect()
-        gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient is not None:
+            norm = gradient.norm
 
             def read() -> None:
                 self.gradient_norm = float(norm)
@@ -158,4 +159,5 @@ class Observation:
         if self._watch is not None:
             self._watch.disarm()
             self._watch = None
+        self._life.gradient.take()
         self._seen = None

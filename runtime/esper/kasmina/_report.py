@@ -70,8 +70,9 @@ def boundary_state(growth: Growth, validation: Validation) -> BoundaryState:
         boundary=growth.boundaries,
         step=growth.steps,
         epoch=validation.epoch,
-        train_loss=_known(growth.losses.mean()),
-        validation_loss=_known(validation.loss),
+        # As they are: that a loss is not finite was measured, and a controller must not germinate on it.
+        train_loss=growth.losses.mean(),
+        validation_loss=validation.loss,
         validation_accuracy=_known(validation.accuracy),
         learning_rate=float(groups[0]["lr"]) if groups else None,
         gradient_norm=growth.observation.gradient_norm,

@@ -40,7 +40,8 @@ _DECAY = 0.9
 class Signals:
     """What a strategy may look at after an optimizer step; device scalars, None where not there."""
 
-    loss: Tensor | None = None
+    loss: Tensor | float | None = None
+    """One number; a plain one where the loop itself has it as such."""
     drift: Tensor | None = None
     newborn_gradient: Tensor | None = None
     """Root mean square per parameter."""
@@ -103,12 +104,15 @@ class Blend:
         if self.strategy is BlendStrategy.FIXED_RAMP:
             return torch.ones_like(self.alpha)
         if self.strategy is BlendStrategy.PERFORMANCE:
-            return None if signals.loss is None else self._within_band(signals.loss.detach().to(self._mean))
+            return None if signals.loss is None else self._within_band(self._scalar(signals.loss))
         if self.strategy is BlendStrategy.DRIFT:
             return None if signals.drift is None else self._moved_little(signals.drift.detach().to(self._mean))
         if signals.newborn_gradient is None or signals.host_gradient is None:
             return None
         return signals.newborn_gradient <= BAND * signals.host_gradient
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        return value.detach().to(self._mean) if isinstance(value, Tensor) else torch.full_like(self._mean, value)
 
     def _moved_little(self, drift: Tensor) -> Tensor:
         last, self._mean = torch.where(torch.isnan(self._mean), drift, self._mean), drift

@@ -211,8 +211,9 @@ class BoundaryState:
     """Optimizer steps done."""
     epoch: float | None
     train_loss: float | None
-    """Mean training loss since the last boundary."""
+    """Mean training loss since the last boundary; not finite where one of them was not."""
     validation_loss: float | None
+    """Not finite where that was measured: the host is not well, and nothing should grow."""
     validation_accuracy: float | None
     learning_rate: float | None
     gradient_norm: float | None

@@ -24,6 +24,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ import torch
 from esper.kasmina import _checkpoint, _report
 from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._lifecycle import Lifecycle
-from esper.kasmina._losses import LossReader
+from esper.kasmina._losses import LossReader, scalar
 from esper.kasmina._measure import Measurer, Validation, read_validation
 from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
@@ -108,9 +109,7 @@ class Growth:
         self.life = Lifecycle(model, optimizer, self.config, on_transition=self._transitioned, on_end=self._ended)
         self.measurer = Measurer(model, self.config.confidence, validate)
         self.losses = LossReader()
-        self.observation = Observation(
-            self.life, optimizer, self.config, select, lambda: self.plane.open(_report.hello(self))
-        )
+        self.observation = Observation(self.life, self.config, select, lambda: self.plane.open(_report.hello(self)))
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
         self._began = time.monotonic()
@@ -149,7 +148,9 @@ class Growth:
 
     def _after_step(self, loss: Tensor | float | None) -> None:
         self.life.layout.tick()
+        gradient = self.life.gradient.take()
         if loss is not None:
+            loss = scalar(loss)
             self.losses.push(loss)
         for value in self.losses.read():
             why = self.life.watch.detector.update(value)
@@ -158,8 +159,8 @@ class Growth:
                 return
         if self.life.runs:
             self._take_out_failed()
-            self.life.step(loss if isinstance(loss, torch.Tensor) else None)
-        if self.observation.collect():
+            self.life.step(loss, gradient)
+        if self.observation.collect(gradient):
             job = _report.health_job(self)
             if job is not None:
                 self.observation.worker.submit(job)
@@ -202,7 +203,7 @@ class Growth:
         # Before anything is measured: a late loss may take a seed out, and the validation is of the network without it.
         self._guard("collect", self.finish_losses)
         validation = self._validate(metrics)
-        self._guard("measure", self._measure)
+        self._measure()
         self.observation.worker.drain(self.config.drain_timeout_s)
         for run in list(self.life.runs.values()):
             self._decider.poll(run)
@@ -245,9 +246,14 @@ class Growth:
                 self._roll_back(why)
 
     def _measure(self) -> None:
-        for run in self.life.runs.values():
-            if self.life.stage(run.index) in {Stage.EVALUATING, Stage.FINE_TUNING}:
-                self.measurer.measure(run)
+        judged = [
+            r for r in self.life.runs.values() if self.life.stage(r.index) in {Stage.EVALUATING, Stage.FINE_TUNING}
+        ]
+        # What was measured at another boundary is not what the seed is worth now, also where measuring fails.
+        for run in judged:
+            run.counterfactual = None
+        for run in judged:
+            self._guard("measure", partial(self.measurer.measure, run))
 
     def _advice(self, found: object) -> Advice | None:
         if found is None:

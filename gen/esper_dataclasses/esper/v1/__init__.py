@@ -5048,12 +5048,12 @@ class TrainingState(betterproto2.Message):
 
     train_loss: "float | None" = betterproto2.field(5, betterproto2.TYPE_DOUBLE, optional=True)
     """
-    Mean training loss since the last boundary; absent when not measured.
+    Mean training loss since the last boundary; absent when not measured, NaN or infinite where that was measured.
     """
 
     validation_loss: "float | None" = betterproto2.field(6, betterproto2.TYPE_DOUBLE, optional=True)
     """
-    Mean validation loss; absent when not measured.
+    Mean validation loss; absent when not measured, NaN or infinite where that was measured.
     """
 
     validation_accuracy: "float | None" = betterproto2.field(7, betterproto2.TYPE_DOUBLE, optional=True)
