@@ -184,6 +184,25 @@ def test_cull_leaves_the_host_alone() -> None:
     assert S.GRAFTING is run.germinate(to=S.GRAFTING).applied[0].stage
 
 
+def test_what_is_left_keeps_a_site_closed() -> None:
+    """G5 looks at host and optimizer themselves: a forgotten hook, and moments of nobody's parameter, are found."""
+    run = Run()
+    run.germinate(to=S.GRAFTING)
+    seed = run.growth.life.runs[run.site()]
+    assert seed.attachment is not None
+    module, parameter = seed.attachment.seed, next(seed.module.parameters())
+    run.steps(2)
+    run.boundary(run.decide(Action.CULL, embargo_boundaries=1))
+    handle = run.model.head.register_forward_hook(module.after, with_kwargs=True)
+    run.optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    refused = run.boundary(run.decide(Action.RELEASE)).applied[0].refused
+    assert ["expected no optimizer entries left, found 1", "expected no hooks left, found 1"] == [*map(str, refused)]
+    assert S.RESETTING is run.growth.life.stage(run.site())
+    handle.remove()
+    run.optimizer.state.pop(parameter)
+    assert [] == run.growth.life.release(run.site())
+
+
 def test_cancel_before_the_host_is_touched() -> None:
     """A seed in LOADING or TRAINING can be cancelled; it is seen CANCELLED once, and its site is free again after."""
     run = Run()

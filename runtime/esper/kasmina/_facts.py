@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from esper.kasmina import seeds
-from esper.kasmina.attach import child_name
+from esper.kasmina.attach import SeedModule, child_name
 from esper.kasmina.blending import Signals
 from esper.kasmina.newborn import MARK
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
+    from collections.abc import Iterator
 
     from esper.kasmina._gradient import Gradient
     from esper.kasmina._seed import SeedRun
+    from esper.kasmina._watch import GraftWatch
     from esper.kasmina.config import Config
     from esper.kasmina.newborn import NewbornGroups
     from esper.kasmina.spikes import SpikeDetector
@@ -92,15 +92,33 @@ def impact(run: SeedRun, config: Config, steps: int, boundaries: int) -> seeds.I
     )
 
 
-def leftovers(run: SeedRun, model: nn.Module, optimizer: Optimizer) -> seeds.ResetFacts:
-    """For G5: what is still there of a seed, looked for in the model and the optimizer themselves."""
-    name = child_name(run.index)
+def leftovers(run: SeedRun, model: nn.Module, groups: NewbornGroups, watch: GraftWatch) -> seeds.ResetFacts:
+    """For G5: what is still there of a seed, looked for in the model and the optimizer themselves.
+
+    Moments of tensors that are in no group can be nobody's but a newborn's that was taken out.
+    """
+    name, optimizer = child_name(run.index), groups.optimizer
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    marked = sum(group.get(MARK) == run.index for group in optimizer.param_groups)
+    keys: list[object] = list(optimizer.state)
+    orphans = sum(isinstance(key, Tensor) and id(key) not in held for key in keys)
+    kept = [part is not None for part in (run.attachment, run.isolation, run.blend, run.kernel)]
     return seeds.ResetFacts(
         parameters=sum(name in path.split(".") for path, _ in model.named_parameters()),
-        optimizer_entries=sum(group.get(MARK) == run.index for group in optimizer.param_groups),
-        hooks=0 if run.attachment is None else len(run.attachment.handles),
-        cache_entries=sum(part is not None for part in (run.attachment, run.isolation, run.blend, run.kernel)),
+        optimizer_entries=marked + orphans,
+        hooks=sum(_is_of(hook, run.index) for module in model.modules() for hook in _hooks(module)),
+        cache_entries=sum([*kept, run.index in groups, run.index in watch]),
     )
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    yield from module._forward_pre_hooks.values()  # noqa: SLF001  # torch has no other way to see what is registered
+    yield from module._forward_hooks.values()  # noqa: SLF001  # likewise
+
+
+def _is_of(hook: object, seed: int) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, SeedModule) and owner.index == seed
 
 
 def signals(run: SeedRun, groups: NewbornGroups, loss: Tensor | float | None, gradient: Gradient | None) -> Signals:

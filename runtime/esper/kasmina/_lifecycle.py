@@ -292,7 +292,7 @@ class Lifecycle:
         return self._to_dormant(self.runs[seed])
 
     def _to_dormant(self, run: SeedRun) -> list[Reason]:
-        reasons = seeds.g5_reset(_facts.leftovers(run, self.model, self.optimizer))
+        reasons = seeds.g5_reset(_facts.leftovers(run, self.model, self.groups, self.watch))
         if not reasons:
             self._enter(run, Stage.DORMANT)
             self.layout.closed_boundaries[run.index] = 0

@@ -97,6 +97,7 @@ class SeedModule(nn.Module):
 
     def __init__(self, delta: nn.Module, site: Site, capture_elements: int = 1 << 18) -> None:
         super().__init__()
+        self.index = site.index
         self.delta = delta
         device = next((p.device for p in delta.parameters()), torch.device("cpu"))
         self.register_buffer("alpha", torch.zeros((), device=device))
