@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina import wrap
 from esper.kasmina._causal import is_causal
 from esper.kasmina._ports import Port, fit
 from esper.kasmina._probe import ForwardWatch
@@ -212,35 +213,57 @@ def test_watch_ends_with_an_exception() -> None:
 
 
 class _Causal(nn.Module):
-    def __init__(self, *, causal: bool, flat: bool = False) -> None:
+    def __init__(self, *, causal: bool, form: str = "rows") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(9, 8)
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.head = nn.Linear(8, 9)
-        self.causal, self.flat = causal, flat
+        self.causal, self.form = causal, form
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1]) if self.causal else None
         logits = self.head(self.layer(self.embed(tokens), src_mask=mask, is_causal=self.causal))
-        return (logits.flatten(0, 1) if self.flat else logits), None
+        forms = {
+            "rows": logits,
+            "flat": logits.flatten(0, 1),
+            "classes first": logits.mT,
+            "loss": logits.square().mean(),
+        }
+        return forms[self.form], None
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("form", ["rows", "flat", "classes first"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("samples", [1, 3])
-def test_causality_is_found_by_experiment(causal: bool, flat: bool, samples: int) -> None:
-    """A masked model is causal and an unmasked one is not, with logits per position or flattened."""
-    tokens = torch.arange(samples * 6).view(samples, 6) % 9
-    assert causal == is_causal(_Causal(causal=causal, flat=flat), (tokens,), {})
+@pytest.mark.parametrize(("samples", "positions"), [(1, 6), (3, 6), (2, 9)])
+def test_causality_is_found_by_experiment(causal: bool, form: str, samples: int, positions: int) -> None:
+    """A masked model is causal and an unmasked one is not, with logits per position, flattened or classes first.
+
+    Nine positions and nine classes: the shape does not say which is which.
+    """
+    tokens = (torch.arange(samples * positions).view(samples, positions) * 5 // 3) % 9
+    assert causal is is_causal(_Causal(causal=causal, form=form), (tokens,), {})
+
+
+def test_causality_that_can_not_be_found() -> None:
+    """Without positions to look at there is no verdict, and sequences are taken to be causal."""
+    tokens = torch.randint(0, 9, (3, 6))
+    assert None is is_causal(_Causal(causal=True, form="loss"), (tokens,), {})
+    assert None is is_causal(_Causal(causal=True), (tokens[:, :1],), {})
+    assert None is is_causal(_Causal(causal=True), (torch.ones(3, 6, dtype=torch.long),), {})
+    assert None is is_causal(nn.Flatten(0), (), {})
+    for form, causal in (("loss", True), ("rows", False)):
+        model = _Causal(causal=False, form=form)
+        growth = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), example_inputs=(tokens,))
+        found = {s.descriptor.causal for s in growth.sites if s.y.layout is Layout.SEQUENCE}
+        assert {causal} == found
+        growth.close()
 
 
 def test_classifiers_are_not_causal() -> None:
     """Where the output has no positions, later positions may be seen; so may the features of a vector."""
-    assert not is_causal(small_lstm(), (torch.randint(0, 11, (4, 6)),), {})
-    assert not is_causal(mlp(), (torch.randn(4, 8),), {})
-    assert not is_causal(nn.Linear(1, 1), (torch.randn(4, 1),), {})
-    assert not is_causal(mlp(), (torch.zeros(4, 8),), {})
+    assert False is is_causal(small_lstm(), (torch.randint(0, 11, (4, 6)),), {})
+    assert False is is_causal(mlp(), (torch.randn(4, 8),), {})
 
 
 def test_causal_sites() -> None:

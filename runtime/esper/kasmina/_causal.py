@@ -22,47 +22,57 @@ if TYPE_CHECKING:
 __all__ = ["is_causal"]
 
 
-def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
     """True where the model gives an output for every position and none depends on a later input.
 
     Runs two forwards in evaluation mode without gradients; flags, buffers and random state are as before afterwards.
-    A model whose output has no positions (a classifier of sequences) is not causal: there, later positions may be
-    seen.
+    A model that gives one output for a whole sample (a classifier of sequences) is not causal: there, later positions
+    may be seen. None where this can not tell: no two positions, inputs that are all alike, an output of neither kind
+    (a loss alone), or one that the last position does not move.
     """
     x = first_tensor(args, kwargs)
     if x is None or x.dim() < 2 or x.shape[1] < 2:
-        return False
+        return None
     changed = x.clone()
     # Another sample's token is as valid as this one's; with a single sample, an earlier position's is.
     last = changed[:, -1]
     changed[:, -1] = last.roll(1, 0) if len(x) > 1 and not torch.equal(last, last.roll(1, 0)) else changed[:, 0]
     if torch.equal(changed, x):
-        return False
+        return None
     with untouched(model), torch.no_grad():
         model.eval()
-        before = _by_position(model(*args, **kwargs), x)
-        after = _by_position(
-            model(*_swap(args, x, changed), **{k: changed if v is x else v for k, v in kwargs.items()}), x
-        )
-    if before is None or after is None:
+        before = _tensors(model(*args, **kwargs))
+        after = _tensors(model(*_swap(args, x, changed), **{k: changed if v is x else v for k, v in kwargs.items()}))
+    for a, b in zip(before, after, strict=True):
+        readings = list(zip(_by_position(a, x), _by_position(b, x), strict=True))
+        if readings:
+            found = [_looks_back(*reading) for reading in readings]
+            return True if True in found else None if None in found else False
+    return False if any(a.shape[0] == x.shape[0] for a in before) else None
+
+
+def _looks_back(before: Tensor, after: Tensor) -> bool | None:
+    """Whether earlier positions stayed as they were while the last one moved; None where nothing moved at all."""
+    if not torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-5):
         return False
-    moved = not torch.allclose(before[:, -1], after[:, -1], rtol=1e-3, atol=1e-5)
-    return moved and torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-5)
+    return None if torch.allclose(before[:, -1], after[:, -1], rtol=1e-3, atol=1e-5) else True
 
 
 def _swap(args: tuple[Any, ...], x: Tensor, changed: Tensor) -> tuple[Any, ...]:
     return tuple(changed if value is x else value for value in args)
 
 
-def _by_position(output: Any, x: Tensor) -> Tensor | None:
-    """The output as (N, T, ...), or None where it has no positions."""
+def _tensors(output: Any) -> list[Tensor]:
+    """What an output holds that could have positions, in its order."""
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else (output,)
-    for value in values:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
-            continue
-        n, t = x.shape[:2]
-        if value.dim() >= 3 and value.shape[:2] == (n, t):
-            return value
-        if value.shape[0] == n * t:
-            return value.view(n, t, *value.shape[1:])
-    return None
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2]
+
+
+def _by_position(value: Tensor, x: Tensor) -> list[Tensor]:
+    """A tensor as (N, T, ...), in every way in which its shape can be read so; none where it has no positions."""
+    n, t = x.shape[:2]
+    if value.dim() >= 3 and value.shape[0] == n:
+        # Logits come as (N, T, V) and, as cross entropy wants them, as (N, V, T).
+        first = [value] if value.shape[1] == t else []
+        return [*first, value.movedim(-1, 1)] if value.shape[-1] == t else first
+    return [value.reshape(n, t, *value.shape[1:])] if value.shape[0] == n * t else []

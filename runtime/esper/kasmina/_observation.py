@@ -101,8 +101,12 @@ class Observation:
 
         found = find(causal=bool(config.causal))
         sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
-        if config.causal is None and sequences and is_causal(self._model, args, kwargs):
-            found = find(causal=True)
+        if config.causal is None and sequences:
+            causal = is_causal(self._model, args, kwargs)
+            if causal is None:
+                _log.warning("sequences are taken to be causal: an experiment could not tell; say it with causal=")
+            if causal is not False:
+                found = find(causal=True)
         self.refusals = found.refusals
         self._life.settle(found.sites)
         self.begin()

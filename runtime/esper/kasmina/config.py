@@ -39,7 +39,8 @@ class Config:
     max_sites: int = 4096
     """Sites kept at most."""
     causal: bool | None = None
-    """True where positions must not see later ones; None finds out by one extra forward without effect."""
+    """True where positions must not see later ones; None finds out by two extra forwards without effect, and takes it
+    for true where these can not tell."""
     flops_per_sample: float | None = None
     """FLOPs of the host's forward for one sample, where the loop knows them."""
 
