@@ -26,7 +26,7 @@ class HeuristicPolicy:
     """Narrowest first, early, priced; implements `esper.tamiyo.domain.Policy`."""
 
     name = "heuristic"
-    version = "1"
+    version = "2"
 
     def decide(self, situation: Situation) -> Judgement:
         """What should be done at this boundary."""

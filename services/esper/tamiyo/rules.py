@@ -31,7 +31,8 @@ class Rules(Section):
     """Boundaries over which the slope of the validation loss is fitted."""
 
     plateau_noise: Weight = 2.0
-    """A plateau: the fitted improvement over the window is less than this many standard errors of the fit."""
+    """A plateau: the fitted change over the window is less than this many standard errors of the fit. A loss that rises
+    by more is no plateau, and opens nothing."""
 
     plateau_relative: Weight = 0.005
     """... or less than this part of the loss per boundary, however small the noise."""

@@ -1,4 +1,8 @@
-"""When: whether the validation loss still falls, measured against its own noise."""
+"""When: whether the validation loss still falls, measured against its own noise.
+
+A loss that rises is no plateau and opens nothing: it tells of overfitting or of a host that comes apart, and more
+capacity helps against neither. A site whose width is used up grows all the same.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,14 @@ class Trend:
     error: float
     """Standard error of the slope."""
     plateau: bool
-    """The loss falls by less than its noise, or by next to nothing."""
+    """The loss neither falls nor rises by more than its noise, or moves by next to nothing."""
+    rising: bool = False
+    """The loss rises by more than its noise, and by more than next to nothing."""
 
     def __str__(self) -> str:
         if self.points < _FEWEST:
             return f"validation loss known at {self.points} boundaries, {_FEWEST} are needed for a trend"
-        word = "on a plateau" if self.plateau else "falling"
+        word = "on a plateau" if self.plateau else "rising" if self.rising else "falling"
         return f"validation loss {word}: {self.slope:+.3g} +- {self.error:.2g} a boundary over {self.points}"
 
 
@@ -50,5 +56,6 @@ def trend_of(losses: Sequence[float], rules: Rules) -> Trend:
     slope = math.fsum((x - middle) * (y - level) for x, y in enumerate(window)) / spread
     rest = math.fsum((y - level - slope * (x - middle)) ** 2 for x, y in enumerate(window))
     error = math.sqrt(rest / (count - 2) / spread)
-    plateau = -slope < rules.plateau_noise * error or -slope < rules.plateau_relative * abs(level)
-    return Trend(count, level, slope, error, plateau)
+    least = max(rules.plateau_noise * error, rules.plateau_relative * abs(level))
+    rising = slope > least
+    return Trend(count, level, slope, error, plateau=-slope < least and not rising, rising=rising)

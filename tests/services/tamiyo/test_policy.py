@@ -112,14 +112,27 @@ def test_germinations_keep_their_distance():
         ((0.50, 0.52, 0.49, 0.51, 0.50), True),
         ((0.50, 0.499, 0.498, 0.497, 0.496), True),
         ((1.0, 0.9, 0.8, 0.7, 0.6), False),
-        ((0.5, 0.6, 0.7), True),
+        ((0.5, 0.6, 0.7), False),
+        ((0.50, 0.501, 0.502, 0.503, 0.504), True),
+        ((0.50, 0.9, 0.55, 0.8, 0.7), True),
         ((1.0, 0.5), False),
         ((), False),
     ],
 )
 def test_a_plateau_is_a_slope_within_its_noise(losses, plateau):
-    """Improvement counts only beyond two standard errors, and beyond half a percent of the loss."""
+    """A change counts only beyond two standard errors, and beyond half a percent of the loss."""
     assert plateau is trend_of(losses, RULES).plateau
+
+
+def test_a_rising_loss_opens_nothing():
+    """A validation loss that rises beyond its noise is told as such, and growth waits unless a width is used up."""
+    memory = Memory(losses=(0.5, 0.6, 0.7, 0.8))
+    judgement = POLICY.decide(make_situation(make_state(5, saturation=0.3, validation_loss=0.9), memory=memory))
+    assert () == judgement.proposals
+    assert "validation loss rising: +0.1" in judgement.explanation
+    assert trend_of((0.5, 0.6, 0.7), RULES).rising
+    used_up = make_situation(make_state(5, saturation=0.9, validation_loss=0.9), memory=memory)
+    assert "SATURATED" == germination(used_up).reason
 
 
 def test_only_the_window_is_fitted():

@@ -151,7 +151,7 @@ async def test_hello_alone_asks_for_builds(mesh):
     """A run that does not prepare still gets its kernels, in the background."""
     await mesh.submit("depthwise_separable")
     ready = await Talk(mesh).start()
-    assert ("heuristic", "1") == (ready.policy, ready.policy_version)
+    assert ("heuristic", "2") == (ready.policy, ready.policy_version)
     library = mesh.library()
 
     async def asked():
@@ -238,10 +238,10 @@ async def test_a_draining_server_ends_the_stream_at_once(tmp_path):
         talk = Talk(mesh)
         await talk.start()
         began = time.monotonic()
-        stopping = asyncio.create_task(mesh.server.stop())
+        stopping = asyncio.create_task(mesh.server.stop(grace_s=60.0))
         assert grpc.StatusCode.UNAVAILABLE.value[0] == (await talk.error()).code
         await stopping
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 30.0
 
 
 async def test_decisions_are_listed_and_published(mesh):
@@ -255,7 +255,7 @@ async def test_decisions_are_listed_and_published(mesh):
     stub = TamiyoServiceStub(mesh.channel())
     first = await stub.ListDecisions(pb.ListDecisionsRequest(run_id="digits-1", page_size=2))
     assert ["3.2.0", "2.1.0"] == [entry.decision.id for entry in first.decisions]
-    assert "heuristic/1" == first.decisions[0].policy
+    assert "heuristic/2" == first.decisions[0].policy
     assert first.decisions[0].HasField("decide_time")
     rest = await stub.ListDecisions(
         pb.ListDecisionsRequest(run_id="digits-1", page_size=2, page_token=first.next_page_token)
@@ -280,7 +280,7 @@ async def test_the_policy_tells_its_numbers(tmp_path):
     """GetPolicy shows the rules in force, changed ones included."""
     async with open_mesh(tmp_path, config=Config(rules=Rules(probation_epochs=3.0))) as mesh:
         policy = (await TamiyoServiceStub(mesh.channel()).GetPolicy(pb.GetPolicyRequest())).policy
-    assert ("heuristic", "1") == (policy.name, policy.version)
+    assert ("heuristic", "2") == (policy.name, policy.version)
     assert 3.0 == policy.parameters["probation_epochs"]
     assert 3.0 == policy.parameters["learning_rate_scale"]
     assert set(Rules.model_fields) == set(policy.parameters)
