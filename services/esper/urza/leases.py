@@ -9,6 +9,8 @@ Only the claim itself is SQL alone (`queue.claim`), because it has to choose and
       |                 +--expire or retryable failure, attempts left--> QUEUED
       |                 +--expire or failure otherwise-----------------> FAILED
       +--retry------------------------------------------------------------+
+
+    QUEUED --give up--> FAILED   (of a build whose blueprint was archived)
 """
 
 import hashlib
@@ -134,9 +136,19 @@ class Work:
             Conflict: nobody holds it.
         """
         said = f"attempt {self.attempts} of {max_attempts}: the lease of {holder} ran out without an outcome"
-        if self.error:
-            said += f"; before that: {self.error}"
-        return self.fail(said, retryable=True, max_attempts=max_attempts)
+        return self.fail(self._after(said), retryable=True, max_attempts=max_attempts)
+
+    def give_up(self, why: str) -> "Work":
+        """End it while it waits; what an earlier attempt said is kept.
+
+        Raises:
+            Conflict: it does not wait.
+        """
+        self._expect(WorkState.QUEUED, "given up")
+        return replace(self, state=WorkState.FAILED, error=self._after(why)[:MAX_ERROR])
+
+    def _after(self, said: str) -> str:
+        return f"{said}; before that: {self.error}" if self.error else said
 
     def retry(self) -> "Work":
         """Queue it afresh, with all its attempts.

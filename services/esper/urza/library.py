@@ -141,7 +141,7 @@ class Library:
         return await self.store.read(listing)
 
     async def archive_blueprint(self, blueprint_id: str) -> Blueprint:
-        """Take a blueprint out of use; builds of it that nobody has begun fail.
+        """Take a blueprint out of use; builds of it that nobody has begun fail, others when their attempt does.
 
         Raises:
             NotFound: BLUEPRINT_NOT_FOUND.
@@ -152,7 +152,7 @@ class Library:
             if blueprint.state is not BlueprintState.ARCHIVED:
                 await records.set_blueprint_state(tx, blueprint_id, BlueprintState.ARCHIVED)
                 for build in await records.queued_builds_of(tx.connection, blueprint_id):
-                    await queue.withdraw(tx, WorkKind.COMPILE, build.id, "its blueprint was archived")
+                    await queue.withdraw(tx, build.id)
             return await records.get_blueprint(tx.connection, blueprint_id, with_ir=True)
 
         return await self.store.write(archive)

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from esper.mesh.errors import Forbidden, InvalidInput
 from esper.mesh.identity import Identity
 from esper.urza import records, shelf
+from esper.urza.blueprints import BlueprintState
 from esper.urza.builds import BuildState, Tier
 from esper.urza.clock import from_micros
 from esper.urza.kernels import check_offer
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 EXPIRE_BATCH = 256
+_ARCHIVED = "its blueprint was archived"
 _BUILD_STATE = {
     WorkState.QUEUED: BuildState.QUEUED,
     WorkState.LEASED: BuildState.LEASED,
@@ -111,10 +113,19 @@ async def requeue(tx: Transaction, kind: WorkKind, subject_id: str) -> bool:
     return True
 
 
-async def withdraw(tx: Transaction, kind: WorkKind, subject_id: str, error: str) -> None:
-    """Give work up that nobody has begun."""
-    piece = await get_work(tx.connection, kind, subject_id)
-    await _save(tx, replace(piece, state=WorkState.FAILED, error=error))
+async def withdraw(tx: Transaction, build_id: str) -> None:
+    """Give a build up that nobody has begun, because its blueprint was archived."""
+    await _save(tx, (await get_work(tx.connection, WorkKind.COMPILE, build_id)).give_up(_ARCHIVED))
+
+
+async def _end_attempt(tx: Transaction, piece: Work) -> None:
+    """Write down an attempt without an outcome: what would be queued again is given up if it may not be built now."""
+    if piece.kind is WorkKind.COMPILE and piece.state is WorkState.QUEUED:
+        build = await records.get_build(tx.connection, piece.subject_id)
+        blueprint = await records.get_blueprint(tx.connection, build.blueprint_id)
+        if blueprint.state is BlueprintState.ARCHIVED:
+            piece = piece.give_up(_ARCHIVED)
+    await _save(tx, piece)
 
 
 def _queued(request: Request) -> list[sa.ColumnElement[bool]]:
@@ -254,7 +265,7 @@ async def complete(
     piece = await get_work(tx.connection, kind, subject_id)
     match kind, outcome:
         case _, Failed():
-            await _save(tx, piece.fail(outcome.error, retryable=outcome.retryable, max_attempts=max_attempts))
+            await _end_attempt(tx, piece.fail(outcome.error, retryable=outcome.retryable, max_attempts=max_attempts))
         case WorkKind.COMPILE, Built():
             await _built(tx, piece, outcome.kernel_id)
         case WorkKind.EVALUATE, Judged():
@@ -294,7 +305,7 @@ async def expire_due(tx: Transaction, *, max_attempts: int) -> int:
         over = sa.update(leases).where(leases.c.id == row.id).values(state=LeaseState.EXPIRED.value)
         await tx.connection.execute(over)
         piece = await get_work(tx.connection, WorkKind(row.kind), row.subject_id)
-        await _save(tx, piece.expire(row.holder, max_attempts=max_attempts))
+        await _end_attempt(tx, piece.expire(row.holder, max_attempts=max_attempts))
     return len(rows)
 
 

@@ -18,7 +18,7 @@ from esper.mesh.errors import Conflict, Stale
 from esper.urza.builds import BuildState
 from esper.urza.leases import Built, Failed, Request, Work, WorkKind, WorkState
 from esper.urza.store import sqlite_url
-from tests.services.urza.urza_world import FORGE, World, open_world
+from tests.services.urza.urza_world import FORGE, OPERATOR, World, make_ir, open_world
 
 Q, L, D, F = WorkState.QUEUED, WorkState.LEASED, WorkState.DONE, WorkState.FAILED
 _STEPS: dict[str, Callable[[Work], Work]] = {
@@ -26,6 +26,7 @@ _STEPS: dict[str, Callable[[Work], Work]] = {
     "fail": lambda work: work.fail("broken", retryable=False, max_attempts=3),
     "fail retryably": lambda work: work.fail("broken", retryable=True, max_attempts=3),
     "expire": lambda work: work.expire("me", max_attempts=3),
+    "give up": lambda work: work.give_up("pointless"),
     "retry": lambda work: work.retry(),
 }
 _LAW = {
@@ -33,6 +34,7 @@ _LAW = {
     ("fail", L): {F},
     ("fail retryably", L): {Q, F},
     ("expire", L): {Q, F},
+    ("give up", Q): {F},
     ("retry", F): {Q},
 }
 
@@ -51,7 +53,7 @@ def test_every_step_from_every_state(step: str, state: WorkState, attempts: int)
     assert after.state in lawful
     if lawful == {Q, F}:
         assert (Q if attempts < 3 else F) == after.state
-    assert bool(after.error) == (step in {"fail", "fail retryably", "expire"})
+    assert bool(after.error) == (step in {"fail", "fail retryably", "expire", "give up"})
 
 
 def test_errors_are_bounded_and_never_empty() -> None:
@@ -59,6 +61,12 @@ def test_errors_are_bounded_and_never_empty() -> None:
     work = Work(kind=WorkKind.COMPILE, subject_id="sha256:0", state=L, attempts=1)
     assert 8192 == len(work.fail("x" * 10_000, retryable=True, max_attempts=3).error)
     assert "no reason given" == work.fail("", retryable=True, max_attempts=3).error
+
+
+def test_what_is_given_up_keeps_what_was_said_before() -> None:
+    """The reason comes first, then the error of the last attempt."""
+    work = Work(kind=WorkKind.COMPILE, subject_id="sha256:0", state=Q, attempts=1, error="no such operation")
+    assert "archived; before that: no such operation" == work.give_up("archived").error
 
 
 @dataclass
@@ -84,6 +92,8 @@ class LeaseMachine(RuleBasedStateMachine):
         self.pieces: dict[str, _Piece] = {}
         self.builds: dict[str, Any] = {}
         self.over: list[str] = []
+        self.blueprint_id = ""
+        self.archived = False
 
     def do(self, work: Any) -> Any:
         """Run something of the library."""
@@ -92,9 +102,9 @@ class LeaseMachine(RuleBasedStateMachine):
     @initialize(count=st.integers(1, 4))
     def order(self, count: int) -> None:
         """There is some work."""
-        blueprint_id = self.do(self.world.submit())
+        self.blueprint_id = self.do(self.world.submit())
         for width in range(1, count + 1):
-            build = self.do(self.world.order(blueprint_id, signature=Signature(Layout.VECTOR, width, 8)))
+            build = self.do(self.world.order(self.blueprint_id, signature=Signature(Layout.VECTOR, width, 8)))
             self.builds[build.id], self.pieces[build.id] = build, _Piece()
 
     def held(self) -> list[str]:
@@ -102,6 +112,10 @@ class LeaseMachine(RuleBasedStateMachine):
         return [
             one for one, piece in self.pieces.items() if piece.state is BuildState.LEASED and piece.expires > self.now
         ]
+
+    def again(self, piece: _Piece) -> bool:
+        """Whether another attempt may follow."""
+        return piece.attempts < 3 and not self.archived
 
     @rule(limit=st.integers(1, 3), length=st.sampled_from([1.0, 5.0]))
     def claim(self, limit: int, length: float) -> None:
@@ -127,7 +141,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert len(expired) == self.do(self.world.library.desk.expire_due())
         for piece in expired:
             self.over.append(piece.lease)
-            piece.state = BuildState.QUEUED if piece.attempts < 3 else BuildState.FAILED
+            piece.state = BuildState.QUEUED if self.again(piece) else BuildState.FAILED
 
     @precondition(lambda self: self.held())
     @rule(data=st.data(), length=st.sampled_from([1.0, 5.0]))
@@ -143,8 +157,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """A holder reports a failure."""
         piece = self.pieces[data.draw(st.sampled_from(self.held()))]
         self.do(self.world.library.desk.complete(piece.lease, Failed("broken", retryable=retryable), FORGE))
-        again = retryable and piece.attempts < 3
-        piece.state = BuildState.QUEUED if again else BuildState.FAILED
+        piece.state = BuildState.QUEUED if retryable and self.again(piece) else BuildState.FAILED
         self.over.append(piece.lease)
 
     @precondition(lambda self: self.held())
@@ -170,11 +183,33 @@ class LeaseMachine(RuleBasedStateMachine):
     def retry(self, data: st.DataObject) -> None:
         """Somebody asks again for what failed; what did not fail stays as it is."""
         chosen = data.draw(st.sampled_from(sorted(self.builds)))
-        build = self.builds[chosen]
-        self.do(self.world.order(build.blueprint_id, signature=build.signature, retry=True))
+        asking = self.world.order(self.blueprint_id, signature=self.builds[chosen].signature, retry=True)
+        if self.archived:
+            with pytest.raises(Conflict, match="archived"):
+                self.do(asking)
+            return
+        self.do(asking)
         piece = self.pieces[chosen]
         if piece.state is BuildState.FAILED:
             piece.state, piece.attempts = BuildState.QUEUED, 0
+
+    @precondition(lambda self: not self.archived)
+    @rule()
+    def archive(self) -> None:
+        """An operator takes the blueprint out of use: what waits is given up, and nothing of it is queued again."""
+        self.do(self.world.library.archive_blueprint(self.blueprint_id))
+        self.archived = True
+        for piece in self.pieces.values():
+            if piece.state is BuildState.QUEUED:
+                piece.state = BuildState.FAILED
+
+    @precondition(lambda self: self.archived)
+    @rule()
+    def take_back(self) -> None:
+        """An operator brings it back; what was given up waits for somebody to ask again."""
+        data = make_ir().canonical_json().encode()
+        self.do(self.world.library.submit_blueprint(data, (), OPERATOR))
+        self.archived = False
 
     @invariant()
     def states_agree(self) -> None:

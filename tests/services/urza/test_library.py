@@ -93,6 +93,22 @@ class TestBlueprints:
         assert BuildState.QUEUED == (await world.order(blueprint_id, retry=True)).state
         await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.archive_blueprint("sha256:" + "0" * 64))
 
+    @pytest.mark.parametrize("end", ["failure", "expiry"])
+    async def test_archived_ones_are_not_tried_again(self, world: World, end: str) -> None:
+        """A build that was under way when its blueprint was archived is given up when its attempt fails."""
+        build = await world.order()
+        (lease,) = await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x"), FORGE)
+        await world.library.archive_blueprint(build.blueprint_id)
+        if end == "failure":
+            await world.library.desk.complete(lease.id, Failed("out of memory", retryable=True), FORGE)
+        else:
+            world.clock.advance(60.0)
+            await world.library.desk.expire_due()
+        failed = await world.library.get_build(build.id)
+        assert (BuildState.FAILED, 1) == (failed.state, failed.attempts)
+        assert failed.error.startswith("its blueprint was archived; before that: ")
+        assert () == await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x"), FORGE)
+
     async def test_listing_by_layout_and_tags_in_pages(self, world: World) -> None:
         """A listing is newest first, without IR, filtered, and pages neither skip nor repeat."""
         ids = [
