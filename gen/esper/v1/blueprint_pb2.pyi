@@ -54,10 +54,10 @@ class _BlueprintStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Bluepr
     BLUEPRINT_STATE_UNSPECIFIED: _BlueprintState.ValueType  # 0
     """Not said; the server never sends it."""
     BLUEPRINT_STATE_ACTIVE: _BlueprintState.ValueType  # 1
-    """May be built. Entered on submission."""
+    """May be built. Entered on submission, and from ARCHIVED when an operator submits it again."""
     BLUEPRINT_STATE_ARCHIVED: _BlueprintState.ValueType  # 2
     """Kept for lineage, no longer built or chosen. Entered from ACTIVE by an operator; builds then fail with
-    FAILED_PRECONDITION (BLUEPRINT_ARCHIVED). Submitting the same blueprint again leads back to ACTIVE.
+    FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
     """
 
 class BlueprintState(_BlueprintState, metaclass=_BlueprintStateEnumTypeWrapper):
@@ -66,10 +66,10 @@ class BlueprintState(_BlueprintState, metaclass=_BlueprintStateEnumTypeWrapper):
 BLUEPRINT_STATE_UNSPECIFIED: BlueprintState.ValueType  # 0
 """Not said; the server never sends it."""
 BLUEPRINT_STATE_ACTIVE: BlueprintState.ValueType  # 1
-"""May be built. Entered on submission."""
+"""May be built. Entered on submission, and from ARCHIVED when an operator submits it again."""
 BLUEPRINT_STATE_ARCHIVED: BlueprintState.ValueType  # 2
 """Kept for lineage, no longer built or chosen. Entered from ACTIVE by an operator; builds then fail with
-FAILED_PRECONDITION (BLUEPRINT_ARCHIVED). Submitting the same blueprint again leads back to ACTIVE.
+FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
 """
 Global___BlueprintState: _TypeAlias = BlueprintState  # noqa: Y015
 
@@ -106,7 +106,7 @@ class Blueprint(_message.Message):
     author: _builtins.str
     """Identity that submitted it. Output only."""
     state: Global___BlueprintState.ValueType
-    """Whether it may be built. Output only; changed by ArchiveBlueprint."""
+    """Whether it may be built. Output only; changed by ArchiveBlueprint and SubmitBlueprint."""
     description: _builtins.str
     """One sentence for people, from the IR. Output only."""
     @_builtins.property

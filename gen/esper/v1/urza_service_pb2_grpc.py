@@ -144,7 +144,8 @@ class UrzaServiceServicer:
     def SubmitBlueprint(self, request, context):
         """Stores a blueprint.
 
-        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. INVALID_ARGUMENT
+        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. One that was archived
+        becomes active again when role operator submits it; to others it is returned as it is, archived. INVALID_ARGUMENT
         (BLUEPRINT_MALFORMED) when the IR is not canonical JSON of the documented form; operations and shapes are judged by
         TezzeretService.CheckBlueprint and again when it is built.
         """
@@ -167,7 +168,8 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ArchiveBlueprint(self, request, context):
-        """Takes a blueprint out of use. Atomic, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND).
+        """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
+        idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

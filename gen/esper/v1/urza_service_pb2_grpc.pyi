@@ -36,7 +36,8 @@ class UrzaServiceStub:
     SubmitBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.SubmitBlueprintRequest, _urza_service_pb2.SubmitBlueprintResponse]
     """Stores a blueprint.
 
-    Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. INVALID_ARGUMENT
+    Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. One that was archived
+    becomes active again when role operator submits it; to others it is returned as it is, archived. INVALID_ARGUMENT
     (BLUEPRINT_MALFORMED) when the IR is not canonical JSON of the documented form; operations and shapes are judged by
     TezzeretService.CheckBlueprint and again when it is built.
     """
@@ -45,7 +46,9 @@ class UrzaServiceStub:
     ListBlueprints: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ListBlueprintsRequest, _urza_service_pb2.ListBlueprintsResponse]
     """Lists blueprints, newest first, without their IR, page by page."""
     ArchiveBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ArchiveBlueprintRequest, _urza_service_pb2.ArchiveBlueprintResponse]
-    """Takes a blueprint out of use. Atomic, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND)."""
+    """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
+    idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
+    """
     RequestBuilds: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.RequestBuildsRequest, _urza_service_pb2.RequestBuildsResponse]
     """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
@@ -124,7 +127,8 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     SubmitBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.SubmitBlueprintRequest, _urza_service_pb2.SubmitBlueprintResponse]  # type: ignore[assignment]
     """Stores a blueprint.
 
-    Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. INVALID_ARGUMENT
+    Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. One that was archived
+    becomes active again when role operator submits it; to others it is returned as it is, archived. INVALID_ARGUMENT
     (BLUEPRINT_MALFORMED) when the IR is not canonical JSON of the documented form; operations and shapes are judged by
     TezzeretService.CheckBlueprint and again when it is built.
     """
@@ -133,7 +137,9 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     ListBlueprints: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ListBlueprintsRequest, _urza_service_pb2.ListBlueprintsResponse]  # type: ignore[assignment]
     """Lists blueprints, newest first, without their IR, page by page."""
     ArchiveBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ArchiveBlueprintRequest, _urza_service_pb2.ArchiveBlueprintResponse]  # type: ignore[assignment]
-    """Takes a blueprint out of use. Atomic, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND)."""
+    """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
+    idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
+    """
     RequestBuilds: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.RequestBuildsRequest, _urza_service_pb2.RequestBuildsResponse]  # type: ignore[assignment]
     """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
@@ -215,7 +221,8 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_urza_service_pb2.SubmitBlueprintResponse, _abc.Awaitable[_urza_service_pb2.SubmitBlueprintResponse]]:
         """Stores a blueprint.
 
-        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. INVALID_ARGUMENT
+        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. One that was archived
+        becomes active again when role operator submits it; to others it is returned as it is, archived. INVALID_ARGUMENT
         (BLUEPRINT_MALFORMED) when the IR is not canonical JSON of the documented form; operations and shapes are judged by
         TezzeretService.CheckBlueprint and again when it is built.
         """
@@ -242,7 +249,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.ArchiveBlueprintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.ArchiveBlueprintResponse, _abc.Awaitable[_urza_service_pb2.ArchiveBlueprintResponse]]:
-        """Takes a blueprint out of use. Atomic, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND)."""
+        """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
+        idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
+        """
 
     @_abc_1.abstractmethod
     def RequestBuilds(

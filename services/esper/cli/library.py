@@ -10,7 +10,7 @@ from esper.cli.connection import connect
 from esper.cli.state import ExitCode, command, short, state_of
 from esper.mesh.errors import InvalidInput
 from esper.v1 import signature_pb2, tezzeret_service_pb2, urza_service_pb2
-from esper.v1.blueprint_pb2 import Birth
+from esper.v1.blueprint_pb2 import BLUEPRINT_STATE_ARCHIVED, Birth
 from esper.v1.blueprint_pb2 import Blueprint as StoredBlueprint
 from esper.v1.build_pb2 import Tier
 from esper.v1.kernel_pb2 import Kernel, KernelState
@@ -249,3 +249,5 @@ def submit_blueprint(
         return
     word = "stored" if answer.created else "was there already"
     state.console.print(f"{escape(answer.blueprint.name)} {word}: {answer.blueprint.id}")
+    if answer.blueprint.state == BLUEPRINT_STATE_ARCHIVED:
+        state.console.print("It is archived, so it will not be built: an operator who submits it brings it back.")

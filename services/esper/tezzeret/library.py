@@ -10,7 +10,7 @@ import grpc.aio
 from esper.kasmina.blueprints import Blueprint
 from esper.kasmina.kernels.bundle import Tier
 from esper.mesh.blobs import chunk
-from esper.mesh.errors import InvalidInput, NotFound, from_rpc_error
+from esper.mesh.errors import InvalidInput, from_rpc_error
 from esper.mesh.logging import get_logger
 from esper.tezzeret.convert import kernel_to_proto, seconds, task_from_proto, tier_to_proto
 from esper.tezzeret.orders import BuildFailed, Built, Order, Task
@@ -25,7 +25,7 @@ class Library(Protocol):
     """What the forge needs of a library. Every method raises children of `EsperError`."""
 
     async def offer(self, blueprint: Blueprint) -> bool:
-        """Submit a blueprint unless it is there, archived or not; True when it was new."""
+        """Submit a blueprint; True when it was new. One that an operator archived stays archived."""
         ...
 
     async def lease(
@@ -73,15 +73,9 @@ class UrzaLibrary:
 
     async def offer(self, blueprint: Blueprint) -> bool:
         """See `Library`."""
-        try:
-            with _errors():
-                # Asked for first: to submit an archived blueprint would bring back what an operator took out.
-                await self._stub.GetBlueprint(urza_service_pb2.GetBlueprintRequest(blueprint=blueprint.id))
-        except NotFound:
-            request = urza_service_pb2.SubmitBlueprintRequest(ir=blueprint.canonical_json().encode())
-            with _errors():
-                return (await self._stub.SubmitBlueprint(request)).created
-        return False
+        request = urza_service_pb2.SubmitBlueprintRequest(ir=blueprint.canonical_json().encode())
+        with _errors():
+            return (await self._stub.SubmitBlueprint(request)).created
 
     async def lease(
         self, holder: str, target: str, *, tiers: Collection[Tier], wait_s: float, lease_s: float

@@ -1,25 +1,38 @@
 """Blueprints as the library keeps them: the canonical IR, what can be read from it, and whether it is in use."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 
 from esper.kasmina.blueprints import ir
 from esper.kasmina.blueprints.ir import Birth
 from esper.kasmina.signature import Layout
 from esper.mesh.errors import InvalidInput
+from esper.mesh.identity import Role
 
-__all__ = ["Birth", "Blueprint", "BlueprintState", "read_ir"]
+__all__ = ["LAWFUL", "Birth", "Blueprint", "BlueprintState", "read_ir"]
 
 
 class BlueprintState(StrEnum):
     """Whether a blueprint may be built."""
 
     ACTIVE = "active"
-    """May be built. Entered on submission, and on submission again after ARCHIVED."""
+    """May be built. Entered on submission, and from ARCHIVED when an operator submits it again."""
 
     ARCHIVED = "archived"
     """Kept for lineage, no longer built or chosen. Entered from ACTIVE by an operator."""
+
+
+LAWFUL: Mapping[tuple[BlueprintState | None, BlueprintState], frozenset[Role]] = MappingProxyType(
+    {
+        (None, BlueprintState.ACTIVE): frozenset(Role) - {Role.ANONYMOUS},
+        (BlueprintState.ACTIVE, BlueprintState.ARCHIVED): frozenset({Role.OPERATOR}),
+        (BlueprintState.ARCHIVED, BlueprintState.ACTIVE): frozenset({Role.OPERATOR}),
+    }
+)
+"""(from, to) -> roles entitled to it; every pair that is missing is unlawful. None stands for "not stored yet"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,11 @@ from types import MappingProxyType
 from esper.kasmina.blueprints.ir import Birth
 from esper.kasmina.kernels.signing import SignedVerdict, Statement
 from esper.kasmina.signature import Signature
-from esper.mesh.errors import Conflict, Forbidden, InvalidInput
+from esper.mesh.errors import InvalidInput
 from esper.mesh.identity import Identity, Role
 from esper.urza.blueprints import Blueprint
 from esper.urza.builds import Build, Tier
+from esper.urza.law import check_step
 
 __all__ = [
     "LAWFUL",
@@ -190,22 +191,7 @@ def check_transition(kernel_id: str, before: KernelState | None, after: KernelSt
         Conflict: UNLAWFUL_TRANSITION, nobody may do this.
         Forbidden: ROLE_NOT_ENTITLED, somebody may, but not this caller.
     """
-    entitled = LAWFUL.get((before, after))
-    found = "not stored" if before is None else before.value
-    if entitled is None:
-        allowed = sorted(source.value for source, to in LAWFUL if to is after and source is not None)
-        raise Conflict(
-            f"kernel {kernel_id}: expected state {' or '.join(allowed) or 'not stored'} to become {after.value}, "
-            f"found {found}",
-            reason="UNLAWFUL_TRANSITION",
-            metadata={"kernel_id": kernel_id, "from": found, "to": after.value},
-        )
-    if by.role not in entitled:
-        raise Forbidden(
-            "not allowed",
-            reason="ROLE_NOT_ENTITLED",
-            private=f"kernel {kernel_id}: {found} -> {after.value} belongs to {sorted(entitled)}, caller is {by}",
-        )
+    check_step(LAWFUL, "kernel", kernel_id, before, after, by)
 
 
 def check_offer(offer: KernelOffer | Kernel, build: Build, blueprint: Blueprint) -> None:

@@ -1,7 +1,7 @@
 """The library itself: what each request means, on top of a store and a blob store. Knows neither gRPC nor protobuf.
 
 Every method that changes something is one transaction. Whoever calls is passed as an `Identity`; the law about it
-stands in `kernels.LAWFUL`, `verdicts.prove` and `leases.HOLDERS`.
+stands in `blueprints.LAWFUL`, `kernels.LAWFUL`, `verdicts.prove` and `leases.HOLDERS`.
 """
 
 import asyncio
@@ -18,12 +18,13 @@ from esper.mesh.identity import Identity
 from esper.mesh.logging import get_logger
 from esper.urza import notify, queue, records, shelf
 from esper.urza.blob_store import BlobStore
-from esper.urza.blueprints import Blueprint, BlueprintState, read_ir
+from esper.urza.blueprints import LAWFUL, Blueprint, BlueprintState, read_ir
 from esper.urza.builds import Build, BuildOrder, BuildState, check_tier
 from esper.urza.changes import Change
 from esper.urza.desk import Desk, Rules
 from esper.urza.feed import Feed
-from esper.urza.kernels import Kernel, KernelOffer, KernelState, Transition, check_offer
+from esper.urza.kernels import Kernel, KernelOffer, KernelState, Transition, check_offer, signed_name
+from esper.urza.law import entitled_to
 from esper.urza.leases import WorkKind
 from esper.urza.paging import Page
 from esper.urza.search import KernelQuery, list_kernels
@@ -34,6 +35,7 @@ from esper.urza.verdicts import RegisteredKey, check_key
 __all__ = ["Library", "Lineage"]
 
 _log = get_logger(__name__)
+_ACTIVE = BlueprintState.ACTIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,27 +102,34 @@ class Library:
     # Blueprints
 
     async def submit_blueprint(self, data: bytes, parent_ids: Sequence[str], by: Identity) -> tuple[Blueprint, bool]:
-        """Store a blueprint; return it, and whether it is new. An archived one becomes active again.
+        """Store a blueprint; return it, and whether it is new.
+
+        An archived one becomes active again when an operator submits it; to others it is returned as it is: what an
+        operator took out of use does not come back because somebody has a copy of it.
 
         Raises:
             InvalidInput: BLUEPRINT_MALFORMED, BLUEPRINT_INVALID.
             NotFound: BLUEPRINT_NOT_FOUND, a parent is not here.
+            Forbidden: ROLE_NOT_ENTITLED.
         """
         # 256 KiB of JSON take milliseconds to read: not on the event loop.
         ir = await asyncio.to_thread(read_ir, data)
         parents = list(dict.fromkeys(parent_ids))
 
-        async def submit(tx: Transaction) -> tuple[Blueprint, bool]:
-            known = await records.blueprint_rows(tx.connection, [ir.id])
-            if not known:
+        async def submit(tx: Transaction) -> tuple[Blueprint, Blueprint | None]:
+            known = (await records.blueprint_rows(tx.connection, [ir.id])).get(ir.id)
+            if known is None:
                 for parent in parents:
                     await records.get_blueprint(tx.connection, parent)
                 await records.insert_blueprint(tx, ir, data, parents, by)
-            elif known[ir.id].state is BlueprintState.ARCHIVED:
-                await records.set_blueprint_state(tx, ir.id, BlueprintState.ACTIVE)
-            return await records.get_blueprint(tx.connection, ir.id, with_ir=True), not known
+            elif known.state is BlueprintState.ARCHIVED and by.role in entitled_to(LAWFUL, known.state, _ACTIVE):
+                await records.set_blueprint_state(tx, known, _ACTIVE, by)
+            return await records.get_blueprint(tx.connection, ir.id, with_ir=True), known
 
-        return await self.store.write(submit)
+        blueprint, known = await self.store.write(submit)
+        if known is not None:
+            _tell(known, blueprint, by)
+        return blueprint, known is None
 
     async def get_blueprint(self, text: str) -> Blueprint:
         """One blueprint with its IR, by id, prefix or name; errors as `records.resolve_blueprint`."""
@@ -140,22 +149,25 @@ class Library:
         )
         return await self.store.read(listing)
 
-    async def archive_blueprint(self, blueprint_id: str) -> Blueprint:
+    async def archive_blueprint(self, blueprint_id: str, by: Identity) -> Blueprint:
         """Take a blueprint out of use; builds of it that nobody has begun fail, others when their attempt does.
 
         Raises:
             NotFound: BLUEPRINT_NOT_FOUND.
+            Forbidden: ROLE_NOT_ENTITLED.
         """
 
-        async def archive(tx: Transaction) -> Blueprint:
-            blueprint = await records.get_blueprint(tx.connection, blueprint_id)
-            if blueprint.state is not BlueprintState.ARCHIVED:
-                await records.set_blueprint_state(tx, blueprint_id, BlueprintState.ARCHIVED)
+        async def archive(tx: Transaction) -> tuple[Blueprint, Blueprint]:
+            before = await records.get_blueprint(tx.connection, blueprint_id)
+            if before.state is not BlueprintState.ARCHIVED:
+                await records.set_blueprint_state(tx, before, BlueprintState.ARCHIVED, by)
                 for build in await records.queued_builds_of(tx.connection, blueprint_id):
                     await queue.withdraw(tx, build.id)
-            return await records.get_blueprint(tx.connection, blueprint_id, with_ir=True)
+            return before, await records.get_blueprint(tx.connection, blueprint_id, with_ir=True)
 
-        return await self.store.write(archive)
+        before, after = await self.store.write(archive)
+        _tell(before, after, by)
+        return after
 
     # Builds
 
@@ -344,3 +356,10 @@ class Library:
 
     async def _stored_ids(self, ids: Collection[str]) -> set[str]:
         return await self.store.read(lambda connection: shelf.stored_ids(connection, ids))
+
+
+def _tell(before: Blueprint, after: Blueprint, by: Identity) -> None:
+    """Say in the log who took a blueprint out of use or brought it back."""
+    if before.state is not after.state:
+        _log.info("blueprint moved", blueprint_id=after.id, name=after.name, before=before.state.value,
+                  after=after.state.value, by=signed_name(by))  # fmt: skip

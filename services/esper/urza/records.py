@@ -10,11 +10,12 @@ from esper.kasmina.blueprints import ir
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.errors import InvalidInput, NotFound
 from esper.mesh.identity import Identity
-from esper.urza.blueprints import Birth, Blueprint, BlueprintState
+from esper.urza.blueprints import LAWFUL, Birth, Blueprint, BlueprintState
 from esper.urza.builds import Build, BuildOrder, BuildState, Tier, canonical_target
 from esper.urza.changes import Subject
 from esper.urza.clock import from_micros
 from esper.urza.kernels import signed_name
+from esper.urza.law import check_step
 from esper.urza.paging import Page
 from esper.urza.schema import blueprint_labels, blueprints, builds
 from esper.urza.store import Transaction
@@ -141,7 +142,12 @@ def _no_blueprint(text: str) -> NotFound:
 async def insert_blueprint(
     tx: Transaction, blueprint: ir.Blueprint, data: bytes, parent_ids: Sequence[str], by: Identity
 ) -> None:
-    """Store a new blueprint and log it."""
+    """Store a new blueprint and log it.
+
+    Raises:
+        Forbidden: ROLE_NOT_ENTITLED.
+    """
+    check_step(LAWFUL, "blueprint", blueprint.id, None, BlueprintState.ACTIVE, by)
     sequence = await tx.log(Subject.BLUEPRINT, blueprint.id, BlueprintState.ACTIVE)
     row = {
         "sequence": sequence,
@@ -164,11 +170,17 @@ async def insert_blueprint(
     await tx.connection.execute(blueprint_labels.insert(), rows)
 
 
-async def set_blueprint_state(tx: Transaction, blueprint_id: str, state: BlueprintState) -> None:
-    """Change whether a blueprint may be built, and log it."""
-    statement = sa.update(blueprints).where(blueprints.c.id == blueprint_id).values(state=state.value)
+async def set_blueprint_state(tx: Transaction, blueprint: Blueprint, state: BlueprintState, by: Identity) -> None:
+    """Change whether a blueprint may be built, and log it.
+
+    Raises:
+        Conflict: UNLAWFUL_TRANSITION.
+        Forbidden: ROLE_NOT_ENTITLED.
+    """
+    check_step(LAWFUL, "blueprint", blueprint.id, blueprint.state, state, by)
+    statement = sa.update(blueprints).where(blueprints.c.id == blueprint.id).values(state=state.value)
     await tx.connection.execute(statement)
-    await tx.log(Subject.BLUEPRINT, blueprint_id, state)
+    await tx.log(Subject.BLUEPRINT, blueprint.id, state)
 
 
 async def list_blueprints(

@@ -71,7 +71,7 @@ class UrzaServicer(urza_service_pb2_grpc.UrzaServiceServicer):
 
     async def ArchiveBlueprint(self, request: pb.ArchiveBlueprintRequest, context: Any) -> pb.ArchiveBlueprintResponse:
         """Take a blueprint out of use."""
-        blueprint = await self._library.archive_blueprint(request.blueprint_id)
+        blueprint = await self._library.archive_blueprint(request.blueprint_id, current_identity())
         return pb.ArchiveBlueprintResponse(blueprint=convert.blueprint_to_proto(blueprint))
 
     async def RequestBuilds(self, request: pb.RequestBuildsRequest, context: Any) -> pb.RequestBuildsResponse:

@@ -1,4 +1,4 @@
-"""The law about kernels: every pair of states, every role."""
+"""The laws about kernels and blueprints: every pair of states, every role."""
 
 from itertools import product
 
@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from esper.mesh.errors import Conflict, Forbidden
 from esper.mesh.identity import Identity, Role
+from esper.urza import blueprints
+from esper.urza.blueprints import BlueprintState
 from esper.urza.kernels import LAWFUL, KernelState, check_transition, signed_name
 
 S = KernelState
@@ -46,6 +48,16 @@ def test_only_urabrask_leads_to_validated_and_nothing_leads_out_of_the_end() -> 
     """VALIDATED is reached from STAGED by one role only; rejected and quarantined kernels stay what they are."""
     assert [(S.STAGED, {Role.URABRASK})] == [(a, set(who)) for (a, b), who in LAWFUL.items() if b is S.VALIDATED]
     assert not [pair for pair in product(_FINAL, KernelState) if pair in LAWFUL]
+
+
+def test_the_table_of_blueprints() -> None:
+    """Whoever is known may submit one; out of use and back again it is moved by operators alone."""
+    active, archived = BlueprintState.ACTIVE, BlueprintState.ARCHIVED
+    assert {
+        (None, active): set(Role) - {Role.ANONYMOUS},
+        (active, archived): {Role.OPERATOR},
+        (archived, active): {Role.OPERATOR},
+    } == blueprints.LAWFUL
 
 
 def test_names_in_the_records() -> None:

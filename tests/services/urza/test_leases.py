@@ -197,7 +197,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule()
     def archive(self) -> None:
         """An operator takes the blueprint out of use: what waits is given up, and nothing of it is queued again."""
-        self.do(self.world.library.archive_blueprint(self.blueprint_id))
+        self.do(self.world.library.archive_blueprint(self.blueprint_id, OPERATOR))
         self.archived = True
         for piece in self.pieces.values():
             if piece.state is BuildState.QUEUED:

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -18,7 +19,7 @@ from esper.mesh.errors import (
     Unavailable,
     Unsupported,
 )
-from esper.urza import log, queue
+from esper.urza import library, log, queue
 from esper.urza.blueprints import BlueprintState
 from esper.urza.builds import BuildState, Tier
 from esper.urza.changes import Change
@@ -77,28 +78,40 @@ class TestBlueprints:
         )
         await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.get_blueprint("low_rank"))
 
-    async def test_archived_ones_are_not_built_until_submitted_again(self, world: World) -> None:
-        """Archiving hides a blueprint, fails its queued builds, refuses new ones; submission brings it back."""
+    async def test_archived_ones_are_not_built_until_an_operator_submits_them_again(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Archiving hides a blueprint, fails its builds, refuses new ones; an operator undoes it; both are logged."""
+        said: list[tuple[str, str]] = []
+        note = SimpleNamespace(info=lambda _event, *, by, after, **_rest: said.append((by, after)))
+        monkeypatch.setattr(library, "_log", note)
         blueprint_id = await world.submit()
         waiting = await world.order(blueprint_id)
-        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id)).state
-        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id)).state
+        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id, OPERATOR)).state
+        assert BlueprintState.ARCHIVED == (await world.library.archive_blueprint(blueprint_id, OPERATOR)).state
         failed = await world.library.get_build(waiting.id)
         assert (BuildState.FAILED, "its blueprint was archived") == (failed.state, failed.error)
         await refused(Conflict, "BLUEPRINT_ARCHIVED", world.order(blueprint_id, target="x", tier=Tier.STANDARD))
         listing = {"limit": 10, "before": None, "layout": None, "tags": ()}
         assert () == (await world.library.list_blueprints(**listing, include_archived=False)).entries
         assert 1 == len((await world.library.list_blueprints(**listing, include_archived=True)).entries)
-        await world.submit()
+        data = make_ir().canonical_json().encode()
+        for by in (ALICE, FORGE, JUDGE):
+            stored, created = await world.library.submit_blueprint(data, (), by)
+            assert (BlueprintState.ARCHIVED, False) == (stored.state, created)
+            await refused(Forbidden, "ROLE_NOT_ENTITLED", world.library.archive_blueprint(await world.submit("x"), by))
+        stored, created = await world.library.submit_blueprint(data, (), OPERATOR)
+        assert (BlueprintState.ACTIVE, False) == (stored.state, created)
+        assert [("operator:olga", "archived"), ("operator:olga", "active")] == said
         assert BuildState.QUEUED == (await world.order(blueprint_id, retry=True)).state
-        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.archive_blueprint("sha256:" + "0" * 64))
+        await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.library.archive_blueprint("sha256:" + "0" * 64, OPERATOR))
 
     @pytest.mark.parametrize("end", ["failure", "expiry"])
     async def test_archived_ones_are_not_tried_again(self, world: World, end: str) -> None:
         """A build that was under way when its blueprint was archived is given up when its attempt fails."""
         build = await world.order()
         (lease,) = await world.library.desk.lease(Request(kind=WorkKind.COMPILE, holder="x"), FORGE)
-        await world.library.archive_blueprint(build.blueprint_id)
+        await world.library.archive_blueprint(build.blueprint_id, OPERATOR)
         if end == "failure":
             await world.library.desk.complete(lease.id, Failed("out of memory", retryable=True), FORGE)
         else:

@@ -296,7 +296,7 @@ class TestChanges:
         """The log tells each step in order, with its subject as it was then, and nothing of what was rolled back."""
         kernel = await world.validated()
         await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.order("sha256:" + "0" * 64))
-        await world.library.archive_blueprint(kernel.blueprint_id)
+        await world.library.archive_blueprint(kernel.blueprint_id, OPERATOR)
         changes = await world.library.store.read(lambda connection: log.changes_after(connection, 0, limit=100))
         assert list(range(1, len(changes) + 1)) == [change.sequence for change in changes]
         told = [(type(change.subject), change.subject.state) for change in changes]

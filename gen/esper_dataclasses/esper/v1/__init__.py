@@ -345,13 +345,13 @@ class BlueprintState(betterproto2.Enum):
 
     ACTIVE = 1
     """
-    May be built. Entered on submission.
+    May be built. Entered on submission, and from ARCHIVED when an operator submits it again.
     """
 
     ARCHIVED = 2
     """
     Kept for lineage, no longer built or chosen. Entered from ACTIVE by an operator; builds then fail with
-    FAILED_PRECONDITION (BLUEPRINT_ARCHIVED). Submitting the same blueprint again leads back to ACTIVE.
+    FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
     """
 
     @classmethod
@@ -1715,7 +1715,7 @@ class Blueprint(betterproto2.Message):
 
     state: "BlueprintState" = betterproto2.field(11, betterproto2.TYPE_ENUM, default_factory=lambda: BlueprintState(0))
     """
-    Whether it may be built. Output only; changed by ArchiveBlueprint.
+    Whether it may be built. Output only; changed by ArchiveBlueprint and SubmitBlueprint.
     """
 
     description: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
@@ -5866,7 +5866,8 @@ class UrzaServiceStub:
         """
         Stores a blueprint.
 
-        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. INVALID_ARGUMENT
+        Atomic. Idempotent: the id is the digest of the IR, submitting it again returns the one stored. One that was archived
+        becomes active again when role operator submits it; to others it is returned as it is, archived. INVALID_ARGUMENT
         (BLUEPRINT_MALFORMED) when the IR is not canonical JSON of the documented form; operations and shapes are judged by
         TezzeretService.CheckBlueprint and again when it is built.
         """
@@ -5901,7 +5902,8 @@ class UrzaServiceStub:
 
     def archive_blueprint(self, message: "ArchiveBlueprintRequest") -> "ArchiveBlueprintResponse":
         """
-        Takes a blueprint out of use. Atomic, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND).
+        Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
+        idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
         """
 
         return self._channel.unary_unary(
