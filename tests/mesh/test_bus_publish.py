@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from esper.mesh import _bus_publish
+from esper.mesh._bus_lanes import Batch, Entry, Lane, size_of
 from esper.mesh.bus import BusPublisher, PublisherOptions, PublisherThread, StoredAt, new_event
 from esper.mesh.channel import open_channel
-from esper.mesh.errors import InvalidInput, LimitExceeded, NotFound, Unavailable
+from esper.mesh.errors import InvalidInput, LimitExceeded, NotFound, Unavailable, from_rpc_error
 from esper.mesh.settings import ChannelOptions
 from esper.mesh.testing import serve, service_context, settings_with
 from esper.oona.service import Config, build
@@ -256,6 +258,71 @@ async def test_a_bus_that_takes_less_at_a_time(tmp_path):
         assert await publisher.flush(10)
         assert (200, 1) == (publisher.stats.stored, publisher.stats.rejected)
         assert_in_order(await stored_in(channel, "decisions"), 100)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_an_innocent_event_survives_the_size_of_another(tmp_path, monkeypatch, known):
+    """Of events of several topics only the one too large is given up, whether the server says its bound or not."""
+
+    def understood(failure):
+        error = from_rpc_error(failure)
+        return error if known else type(error)(error.public, reason=error.reason)
+
+    monkeypatch.setattr(_bus_publish, "from_rpc_error", understood)
+    async with a_bus(tmp_path, max_message_bytes=50_000) as (_, channel):
+        publisher = BusPublisher(channel, QUICK)
+        events = [numbered(0), new_event("t", bytes(60_000)), numbered(1)]
+        topics = ["decisions", "field-reports", "run-events"]
+        sends = [asyncio.ensure_future(publisher.send(*pair)) for pair in zip(topics, events, strict=True)]
+        await asyncio.sleep(0)  # all three are queued before the first is sent
+        publisher.start()
+        results = await asyncio.wait_for(asyncio.gather(*sends, return_exceptions=True), 30)
+        assert [StoredAt, LimitExceeded, StoredAt] == [type(result) for result in results]
+        assert (2, 1) == (publisher.stats.stored, publisher.stats.rejected)
+        assert (50_000 if known else QUICK.batch_bytes) == publisher._most_bytes()
+        publisher._limit_until = 0.0  # a bound is not believed for ever
+        assert QUICK.batch_bytes == publisher._most_bytes()
+        await publisher.close()
+
+
+def test_a_batch_never_takes_more_bytes_than_its_bound():
+    """All of an event counts, not its payload alone; what is larger than the bound goes alone."""
+    lane = Lane("decisions", low=False)
+    attributes = {f"{n:064}": "x" * 256 for n in range(16)}
+    for size in (10, 10, 20_000, 10, 10, 10):
+        event = new_event("t", bytes(size), key="k" * 128, source="s" * 128, attributes=attributes)
+        lane.waiting.append(Entry(event, size_of(event)))
+    lane.size = sum(entry.size for entry in lane.waiting)
+    counts = []
+    while entries := lane.fill(100, 12_500):
+        counts.append(len(entries))
+        assert len(entries) == 1 or lane.request(Batch(1 << 60, entries)).ByteSize() <= 12_500
+    assert [2, 1, 2, 1] == counts
+    assert 0 == lane.size
+
+
+async def test_a_publisher_outlives_any_failure(tmp_path):
+    """An error that is no answer of the server, like a token that cannot be read, is as good as a broken stream."""
+
+    class Failing:
+        failures = 3
+
+        def __init__(self, stub):
+            self._stub = stub
+
+        def Publish(self):  # noqa: N802  # the contract's name
+            if self.failures:
+                self.failures -= 1
+                raise OSError("no token")
+            return self._stub.Publish()
+
+    async with a_bus(tmp_path) as (_, channel):
+        publisher = BusPublisher(channel, QUICK)
+        publisher._stub = Failing(publisher._stub)
+        publisher.start()
+        await asyncio.wait_for(publisher.send("decisions", numbered(1)), 30)
+        assert 1 == len(await stored_in(channel, "decisions"))
+        await publisher.close()
 
 
 async def test_closing_refuses_what_follows_and_fails_what_waits():

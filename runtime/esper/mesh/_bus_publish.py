@@ -5,16 +5,16 @@ import random
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, Self, cast
 
 import grpc.aio
 import protovalidate
 
 from esper.mesh import context as ambient
+from esper.mesh._bus_lanes import Batch, Entry, Lane, size_of
 from esper.mesh._bus_terms import (
     MAX_PAYLOAD,
     PublisherOptions,
@@ -25,46 +25,17 @@ from esper.mesh._bus_terms import (
     event_shed,
     payload_too_large,
 )
-from esper.mesh.errors import Code, EsperError, error_class, from_rpc_error
+from esper.mesh.errors import Code, EsperError, Unavailable, error_class, from_rpc_error
 from esper.mesh.logging import get_logger
 from esper.v1 import event_pb2, oona_service_pb2, oona_service_pb2_grpc
 
 __all__ = ["BusPublisher"]
 
 _log = get_logger("esper.mesh.bus")
-_OVERHEAD = 256
+_REMEMBER_S = 600.0
+"""Seconds for which a server's bound on messages is believed: it may be another server by then."""
 _HOPELESS = frozenset({Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE})
 """Codes by which the server says that a message of ours can never be taken."""
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    event: event_pb2.Event
-    size: int
-    future: "asyncio.Future[StoredAt] | None" = None
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    number: int
-    entries: list[_Entry]
-    written: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """Events of one topic and one class, in order.
-
-    One batch is under way at a time: with two, an answer that asks to send the first again would come too late to keep
-    the order. While one is under way the next one fills up.
-    """
-
-    topic: str
-    low: bool
-    waiting: deque[_Entry] = field(default_factory=deque)
-    size: int = 0
-    batch: _Batch | None = None
-    not_before: float = 0.0
 
 
 class BusPublisher:
@@ -82,13 +53,16 @@ class BusPublisher:
     def __init__(self, channel: grpc.aio.Channel, options: PublisherOptions | None = None) -> None:
         self.options = PublisherOptions() if options is None else options
         self._stub = oona_service_pb2_grpc.OonaServiceStub(channel)
-        self._lanes: dict[tuple[str, bool], _Lane] = {}
+        self._lanes: dict[tuple[str, bool], Lane] = {}
         self._lock = threading.Lock()
         self._stats = PublisherStats()
         self._events = 0
         self._bytes = 0
         self._numbers = 0
-        self._most_bytes = self.options.batch_bytes
+        self._limit = 0
+        self._limit_until = 0.0
+        self._suspects: set[Batch] = set()
+        """Batches of which one was too large for the server: they are sent one at a time until it is known which."""
         self._signalled = False
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -146,7 +120,7 @@ class BusPublisher:
         """Queue the event, or say (cheaply) how the refusal would be worded."""
         if not event.id:
             event.id = uuid.uuid4().hex
-        size = len(event.payload) + _OVERHEAD
+        size, payload = size_of(event), len(event.payload)
         low = event.priority == event_pb2.PRIORITY_LOW
         options, stats = self.options, self._stats
         with self._lock:
@@ -154,15 +128,15 @@ class BusPublisher:
             if self._closed:
                 stats.refused += 1
                 return bus_closed
-            if size > MAX_PAYLOAD + _OVERHEAD:
+            if payload > MAX_PAYLOAD:
                 stats.refused += 1
-                return lambda: payload_too_large(topic, size - _OVERHEAD)
+                return lambda: payload_too_large(topic, payload)
             if not low and (self._events >= options.max_events or self._bytes + size > options.max_bytes):
                 stats.refused += 1
                 return lambda: buffer_full(topic, options)
             lane = self._lanes.get((topic, low))
             if lane is None:
-                lane = self._lanes[topic, low] = _Lane(topic, low)
+                lane = self._lanes[topic, low] = Lane(topic, low)
             if low:
                 while lane.waiting and (
                     len(lane.waiting) >= options.max_low_events or lane.size + size > options.max_low_bytes
@@ -171,7 +145,7 @@ class BusPublisher:
             else:
                 self._events += 1
                 self._bytes += size
-            lane.waiting.append(_Entry(event, size, future))
+            lane.waiting.append(Entry(event, size, future))
             lane.size += size
             signal, self._signalled = not self._signalled, True
         if signal and self._loop is not None:
@@ -180,7 +154,7 @@ class BusPublisher:
                 self._loop.call_soon_threadsafe(self._wake.set)
         return None
 
-    def _drop(self, lane: _Lane) -> None:
+    def _drop(self, lane: Lane) -> None:
         oldest = lane.waiting.popleft()
         lane.size -= oldest.size
         self._stats.shed += 1
@@ -246,12 +220,21 @@ class BusPublisher:
             stored = self._stats.stored
             try:
                 await self._session()
-            except grpc.aio.AioRpcError as failure:
-                error = from_rpc_error(failure)
+            except Exception as failure:  # noqa: BLE001  # a publisher that died would drop all that comes, and say nothing
+                error = self._understood(failure)
                 self._broken(error)
                 attempt = 0 if self._stats.stored > stored else attempt + 1
                 _log.info("publish stream broken", code=error.code.name, reason=error.reason, attempt=attempt)
                 await asyncio.sleep(self._backoff(attempt, error))
+
+    def _understood(self, failure: Exception) -> EsperError:
+        """What broke a stream, as one of our errors."""
+        if isinstance(failure, grpc.aio.AioRpcError):
+            return from_rpc_error(failure)
+        what = f"{type(failure).__name__}: {failure}"
+        if self._first(what):
+            _log.warning("publisher cannot send; it goes on trying", error=what, exc_info=failure)
+        return Unavailable("the publisher cannot send", reason="PUBLISHER_FAILED", private=what)
 
     def _backoff(self, attempt: int, error: EsperError) -> float:
         longest = min(self.options.backoff_max_s, self.options.backoff_s * 2.0 ** min(attempt, 16))
@@ -288,38 +271,44 @@ class BusPublisher:
     def _fresh(self) -> bool:
         """Whether waiting for company makes sense: something waits, and no batch is full yet."""
         lanes = list(self._lanes.values())
-        most, size = self.options.batch_events, self._most_bytes
+        most, size = self.options.batch_events, self._most_bytes()
         full = any(len(lane.waiting) >= most or lane.size >= size for lane in lanes)
         return not full and any(lane.waiting and lane.batch is None for lane in lanes)
 
-    def _ready(self, lane: _Lane, now: float) -> _Batch | None:
+    def _ready(self, lane: Lane, now: float) -> Batch | None:
         """The batch that a lane has to send now, if any."""
+        if not self._may_go(lane):
+            return None
         if lane.batch is not None:
             return None if lane.batch.written or lane.not_before > now else lane.batch
-        entries: list[_Entry] = []
-        size = 0
         with self._lock:
-            while lane.waiting and len(entries) < self.options.batch_events and size < self._most_bytes:
-                entry = lane.waiting.popleft()
-                size += entry.size
-                entries.append(entry)
-            lane.size -= size
+            entries = lane.fill(self.options.batch_events, self._most_bytes())
         if not entries:
             return None
         self._numbers += 1
-        lane.batch = _Batch(self._numbers, entries)
+        lane.batch = Batch(self._numbers, entries)
         return lane.batch
 
-    async def _write(self, call: Any, lane: _Lane, batch: _Batch) -> None:
+    def _may_go(self, lane: Lane) -> bool:
+        return not self._suspects or (lane.batch in self._suspects and not self._under_way())
+
+    def _most_bytes(self) -> int:
+        most = self.options.batch_bytes
+        return min(most, self._limit) if time.monotonic() < self._limit_until else most
+
+    def _under_way(self) -> list[tuple[Lane, Batch]]:
+        """What was written and not answered."""
+        return [(lane, lane.batch) for lane in self._lanes.values() if lane.batch is not None and lane.batch.written]
+
+    async def _write(self, call: Any, lane: Lane, batch: Batch) -> None:
         batch.written = True
-        request = oona_service_pb2.PublishRequest(topic=lane.topic, batch=batch.number)
-        request.events.extend(entry.event for entry in batch.entries)
         # A stream that broke says so when it is read.
         with suppress(asyncio.InvalidStateError):
-            await call.write(request)
+            await call.write(lane.request(batch))
 
     async def _wait_or_retry(self, now: float) -> None:
-        due = [lane.not_before for lane in self._lanes.values() if lane.batch and not lane.batch.written]
+        lanes = [lane for lane in self._lanes.values() if lane.batch and not lane.batch.written]
+        due = [lane.not_before for lane in lanes if self._may_go(lane)]
         if not due:
             await self._wait()
             return
@@ -336,7 +325,8 @@ class BusPublisher:
             if not self._busy():
                 self._idle.set()
 
-    def _answered(self, lane: _Lane, batch: _Batch, answer: oona_service_pb2.PublishResponse) -> None:
+    def _answered(self, lane: Lane, batch: Batch, answer: oona_service_pb2.PublishResponse) -> None:
+        self._suspects.discard(batch)
         if not answer.HasField("error"):
             lane.batch = None
             places = [StoredAt(p.partition, p.offset) for p in answer.positions]
@@ -355,39 +345,44 @@ class BusPublisher:
 
     def _broken(self, error: EsperError) -> None:
         """Have what was not answered sent again on the next stream, except what broke it."""
-        too_large = error.reason == "MESSAGE_TOO_LARGE"
-        if too_large:
-            # The server takes less at a time than we thought: smaller batches from now on.
-            self._most_bytes = max(1, self._most_bytes // 2)
-        for lane in self._lanes.values():
-            batch = lane.batch
-            if batch is None or not batch.written:
-                continue
+        under_way = self._under_way()
+        too_large = self._too_large(under_way, error) if error.reason == "MESSAGE_TOO_LARGE" else []
+        for lane, batch in under_way:
             batch.written = False
-            if too_large:
+            if batch in too_large:
                 self._shrink(lane, batch, error)
             elif error.code in _HOPELESS:
                 self._sort_out(lane, batch, error)
             self._stats.resent += len(batch.entries)
-            lane.batch = batch if batch.entries else None
+            if not batch.entries:
+                self._suspects.discard(batch)
+                lane.batch = None
         if not self._busy():
             self._idle.set()
         self._wake.set()
 
-    def _shrink(self, lane: _Lane, batch: _Batch, error: EsperError) -> None:
-        """Put the second half back in front of what waits; give up a single event that is beyond the bound."""
-        if len(batch.entries) == 1:
-            if batch.entries[0].size > self._most_bytes:
-                self._give_up(lane, batch.entries, error)
-                batch.entries = []
-            return
-        half = len(batch.entries) // 2
-        batch.entries, rest = batch.entries[:half], batch.entries[half:]
-        with self._lock:
-            lane.waiting.extendleft(reversed(rest))
-            lane.size += sum(entry.size for entry in rest)
+    def _too_large(self, under_way: list[tuple[Lane, Batch]], error: EsperError) -> list[Batch]:
+        """Which batches the server would not take; those of which one is to blame become suspects."""
+        limit = error.metadata.get("max_message_bytes", "")
+        if limit.isdecimal():
+            self._limit, self._limit_until = int(limit), time.monotonic() + _REMEMBER_S
+            if found := [batch for lane, batch in under_way if lane.request(batch).ByteSize() > self._limit]:
+                return found
+        if len(under_way) > 1:
+            self._suspects.update(batch for _, batch in under_way)
+            return []
+        return [batch for _, batch in under_way]
 
-    def _sort_out(self, lane: _Lane, batch: _Batch, error: EsperError) -> None:
+    def _shrink(self, lane: Lane, batch: Batch, error: EsperError) -> None:
+        """Send less of a batch at a time; give up an event that is too large by itself."""
+        if len(batch.entries) == 1:
+            self._give_up(lane, batch.entries, error)
+            batch.entries = []
+        else:
+            with self._lock:
+                lane.split(batch, self._most_bytes())
+
+    def _sort_out(self, lane: Lane, batch: Batch, error: EsperError) -> None:
         """Give up the events that break a bound of the contract."""
         bad = [entry for entry in batch.entries if _violations(lane.topic, entry.event)]
         if not bad and error.reason != "VALIDATION_FAILED":
@@ -396,20 +391,22 @@ class BusPublisher:
         given_up = {id(entry) for entry in bad}
         batch.entries = [entry for entry in batch.entries if id(entry) not in given_up]
 
-    def _give_up(self, lane: _Lane, entries: list[_Entry], error: EsperError) -> None:
+    def _give_up(self, lane: Lane, entries: list[Entry], error: EsperError) -> None:
         if not entries:
             return
-        if error.reason == "SHED":
-            self._stats.shed += len(entries)
-        else:
-            self._stats.rejected += len(entries)
+        with self._lock:  # another thread may shed at this moment
+            if error.reason == "SHED":
+                self._stats.shed += len(entries)
+            else:
+                self._stats.rejected += len(entries)
+        if error.reason != "SHED":
             self._warn(f"{lane.topic}: {error.reason}", error.public)
         self._finish(lane, entries, error=error)
 
     def _finish(
         self,
-        lane: _Lane,
-        entries: list[_Entry],
+        lane: Lane,
+        entries: list[Entry],
         *,
         places: list[StoredAt] | None = None,
         error: EsperError | None = None,
@@ -429,10 +426,15 @@ class BusPublisher:
                 entry.future.set_result(places[number])
 
     def _warn(self, what: str, message: str) -> None:
-        """Log each kind of trouble once: a full disk would otherwise write a line per batch."""
-        if what not in self._warned and len(self._warned) < 256:
-            self._warned.add(what)
+        if self._first(what):
             _log.warning("bus refuses events", what=what, message=message)
+
+    def _first(self, what: str) -> bool:
+        """Whether this is to be logged: each kind of trouble once; a full disk would write a line per batch."""
+        if what in self._warned or len(self._warned) >= 256:
+            return False
+        self._warned.add(what)
+        return True
 
 
 def _violations(topic: str, event: event_pb2.Event) -> bool:

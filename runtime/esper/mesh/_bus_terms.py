@@ -67,7 +67,7 @@ class PublisherOptions:
     """Most events of a batch."""
 
     batch_bytes: int = 1 << 20
-    """Bytes beyond which a batch takes no further event."""
+    """Most bytes of a batch; a larger event goes alone."""
 
     max_events: int = 65_536
     """Events that may wait, LOW ones not counted; one more is refused."""
