@@ -92,7 +92,8 @@ class TamiyoServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDecisions(self, request, context):
-        """Lists the decisions given to a run, newest first, page by page. An unknown run has none.
+        """Lists the decisions given to a run, newest first, page by page. An unknown run has none. INVALID_ARGUMENT
+        (PAGE_TOKEN_INVALID) when the token is not of a page before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

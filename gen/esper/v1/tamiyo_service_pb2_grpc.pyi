@@ -51,7 +51,9 @@ class TamiyoServiceStub:
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPolicyRequest, _tamiyo_service_pb2.GetPolicyResponse]
     """Returns the policy in force."""
     ListDecisions: _grpc.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListDecisionsRequest, _tamiyo_service_pb2.ListDecisionsResponse]
-    """Lists the decisions given to a run, newest first, page by page. An unknown run has none."""
+    """Lists the decisions given to a run, newest first, page by page. An unknown run has none. INVALID_ARGUMENT
+    (PAGE_TOKEN_INVALID) when the token is not of a page before.
+    """
 
 @_typing.type_check_only
 class TamiyoServiceAsyncStub(TamiyoServiceStub):
@@ -76,7 +78,9 @@ class TamiyoServiceAsyncStub(TamiyoServiceStub):
     GetPolicy: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.GetPolicyRequest, _tamiyo_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Returns the policy in force."""
     ListDecisions: _aio.UnaryUnaryMultiCallable[_tamiyo_service_pb2.ListDecisionsRequest, _tamiyo_service_pb2.ListDecisionsResponse]  # type: ignore[assignment]
-    """Lists the decisions given to a run, newest first, page by page. An unknown run has none."""
+    """Lists the decisions given to a run, newest first, page by page. An unknown run has none. INVALID_ARGUMENT
+    (PAGE_TOKEN_INVALID) when the token is not of a page before.
+    """
 
 class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
     """Strategic controller: decides when, where and with which kernel a run grows, and what stays."""
@@ -122,6 +126,8 @@ class TamiyoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tamiyo_service_pb2.ListDecisionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tamiyo_service_pb2.ListDecisionsResponse, _abc.Awaitable[_tamiyo_service_pb2.ListDecisionsResponse]]:
-        """Lists the decisions given to a run, newest first, page by page. An unknown run has none."""
+        """Lists the decisions given to a run, newest first, page by page. An unknown run has none. INVALID_ARGUMENT
+        (PAGE_TOKEN_INVALID) when the token is not of a page before.
+        """
 
 def add_TamiyoServiceServicer_to_server(servicer: TamiyoServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -110,7 +110,7 @@ class TolariaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Lists runs, newest first, page by page.
+        """Lists runs, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

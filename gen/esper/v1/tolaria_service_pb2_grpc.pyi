@@ -43,7 +43,7 @@ class TolariaServiceStub:
     GetRun: _grpc.UnaryUnaryMultiCallable[_tolaria_service_pb2.GetRunRequest, _tolaria_service_pb2.GetRunResponse]
     """Returns one run. NOT_FOUND (RUN_NOT_FOUND)."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_tolaria_service_pb2.ListRunsRequest, _tolaria_service_pb2.ListRunsResponse]
-    """Lists runs, newest first, page by page."""
+    """Lists runs, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page before."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_tolaria_service_pb2.WatchRunRequest, _tolaria_service_pb2.WatchRunResponse]
     """Follows one run.
 
@@ -89,7 +89,7 @@ class TolariaServiceAsyncStub(TolariaServiceStub):
     GetRun: _aio.UnaryUnaryMultiCallable[_tolaria_service_pb2.GetRunRequest, _tolaria_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """Returns one run. NOT_FOUND (RUN_NOT_FOUND)."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_tolaria_service_pb2.ListRunsRequest, _tolaria_service_pb2.ListRunsResponse]  # type: ignore[assignment]
-    """Lists runs, newest first, page by page."""
+    """Lists runs, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page before."""
     WatchRun: _aio.UnaryStreamMultiCallable[_tolaria_service_pb2.WatchRunRequest, _tolaria_service_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Follows one run.
 
@@ -150,7 +150,7 @@ class TolariaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tolaria_service_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tolaria_service_pb2.ListRunsResponse, _abc.Awaitable[_tolaria_service_pb2.ListRunsResponse]]:
-        """Lists runs, newest first, page by page."""
+        """Lists runs, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page before."""
 
     @_abc_1.abstractmethod
     def WatchRun(

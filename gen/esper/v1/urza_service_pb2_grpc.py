@@ -161,7 +161,8 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListBlueprints(self, request, context):
-        """Lists blueprints, newest first, without their IR, page by page.
+        """Lists blueprints, newest first, without their IR, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not
+        of a page of the same query.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,7 +194,8 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListBuilds(self, request, context):
-        """Lists builds, newest first, page by page.
+        """Lists builds, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same
+        query.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,7 +221,8 @@ class UrzaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListKernels(self, request, context):
-        """Lists kernels that match every condition given, newest first, page by page.
+        """Lists kernels that match every condition given, newest first, page by page; a page may end before its size lest it outgrow
+        a message. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same query.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

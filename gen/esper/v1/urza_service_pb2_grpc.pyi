@@ -44,7 +44,9 @@ class UrzaServiceStub:
     GetBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetBlueprintRequest, _urza_service_pb2.GetBlueprintResponse]
     """Returns one blueprint with its IR. NOT_FOUND (BLUEPRINT_NOT_FOUND)."""
     ListBlueprints: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ListBlueprintsRequest, _urza_service_pb2.ListBlueprintsResponse]
-    """Lists blueprints, newest first, without their IR, page by page."""
+    """Lists blueprints, newest first, without their IR, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not
+    of a page of the same query.
+    """
     ArchiveBlueprint: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ArchiveBlueprintRequest, _urza_service_pb2.ArchiveBlueprintResponse]
     """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
     idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
@@ -58,7 +60,9 @@ class UrzaServiceStub:
     GetBuild: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetBuildRequest, _urza_service_pb2.GetBuildResponse]
     """Returns one build. NOT_FOUND (BUILD_NOT_FOUND)."""
     ListBuilds: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ListBuildsRequest, _urza_service_pb2.ListBuildsResponse]
-    """Lists builds, newest first, page by page."""
+    """Lists builds, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same
+    query.
+    """
     UploadKernel: _grpc.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]
     """Stores the bundle of a kernel as STAGED.
 
@@ -70,7 +74,9 @@ class UrzaServiceStub:
     GetKernel: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]
     """Returns one kernel with its verdict. NOT_FOUND (KERNEL_NOT_FOUND)."""
     ListKernels: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.ListKernelsRequest, _urza_service_pb2.ListKernelsResponse]
-    """Lists kernels that match every condition given, newest first, page by page."""
+    """Lists kernels that match every condition given, newest first, page by page; a page may end before its size lest it outgrow
+    a message. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same query.
+    """
     DownloadKernel: _grpc.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]
     """Sends the bundle of a kernel: `kernel` first, then chunks in order, then `digest`, then the stream ends.
 
@@ -135,7 +141,9 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     GetBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetBlueprintRequest, _urza_service_pb2.GetBlueprintResponse]  # type: ignore[assignment]
     """Returns one blueprint with its IR. NOT_FOUND (BLUEPRINT_NOT_FOUND)."""
     ListBlueprints: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ListBlueprintsRequest, _urza_service_pb2.ListBlueprintsResponse]  # type: ignore[assignment]
-    """Lists blueprints, newest first, without their IR, page by page."""
+    """Lists blueprints, newest first, without their IR, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not
+    of a page of the same query.
+    """
     ArchiveBlueprint: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ArchiveBlueprintRequest, _urza_service_pb2.ArchiveBlueprintResponse]  # type: ignore[assignment]
     """Takes a blueprint out of use: builds of it that nobody has begun fail, one that is under way is not tried again. Atomic,
     idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND). Needs role operator.
@@ -149,7 +157,9 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     GetBuild: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetBuildRequest, _urza_service_pb2.GetBuildResponse]  # type: ignore[assignment]
     """Returns one build. NOT_FOUND (BUILD_NOT_FOUND)."""
     ListBuilds: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ListBuildsRequest, _urza_service_pb2.ListBuildsResponse]  # type: ignore[assignment]
-    """Lists builds, newest first, page by page."""
+    """Lists builds, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same
+    query.
+    """
     UploadKernel: _aio.StreamUnaryMultiCallable[_urza_service_pb2.UploadKernelRequest, _urza_service_pb2.UploadKernelResponse]  # type: ignore[assignment]
     """Stores the bundle of a kernel as STAGED.
 
@@ -161,7 +171,9 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     GetKernel: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetKernelRequest, _urza_service_pb2.GetKernelResponse]  # type: ignore[assignment]
     """Returns one kernel with its verdict. NOT_FOUND (KERNEL_NOT_FOUND)."""
     ListKernels: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.ListKernelsRequest, _urza_service_pb2.ListKernelsResponse]  # type: ignore[assignment]
-    """Lists kernels that match every condition given, newest first, page by page."""
+    """Lists kernels that match every condition given, newest first, page by page; a page may end before its size lest it outgrow
+    a message. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same query.
+    """
     DownloadKernel: _aio.UnaryStreamMultiCallable[_urza_service_pb2.DownloadKernelRequest, _urza_service_pb2.DownloadKernelResponse]  # type: ignore[assignment]
     """Sends the bundle of a kernel: `kernel` first, then chunks in order, then `digest`, then the stream ends.
 
@@ -241,7 +253,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.ListBlueprintsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.ListBlueprintsResponse, _abc.Awaitable[_urza_service_pb2.ListBlueprintsResponse]]:
-        """Lists blueprints, newest first, without their IR, page by page."""
+        """Lists blueprints, newest first, without their IR, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not
+        of a page of the same query.
+        """
 
     @_abc_1.abstractmethod
     def ArchiveBlueprint(
@@ -279,7 +293,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.ListBuildsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.ListBuildsResponse, _abc.Awaitable[_urza_service_pb2.ListBuildsResponse]]:
-        """Lists builds, newest first, page by page."""
+        """Lists builds, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same
+        query.
+        """
 
     @_abc_1.abstractmethod
     def UploadKernel(
@@ -309,7 +325,9 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _urza_service_pb2.ListKernelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_urza_service_pb2.ListKernelsResponse, _abc.Awaitable[_urza_service_pb2.ListKernelsResponse]]:
-        """Lists kernels that match every condition given, newest first, page by page."""
+        """Lists kernels that match every condition given, newest first, page by page; a page may end before its size lest it outgrow
+        a message. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same query.
+        """
 
     @_abc_1.abstractmethod
     def DownloadKernel(

@@ -107,11 +107,11 @@ class DecisionStore:
             token: of the page before; empty for the first.
 
         Raises:
-            InvalidInput: PAGE_TOKEN: not one of ours.
+            InvalidInput: PAGE_TOKEN_INVALID: not one of ours.
         """
         if token and not (token.isascii() and token.isdigit() and len(token) < 19):
             raise InvalidInput(
-                f"page_token: expected one from the response before, found {token!r:.40}", reason="PAGE_TOKEN"
+                f"page_token: expected one from the response before, found {token!r:.40}", reason="PAGE_TOKEN_INVALID"
             )
         await self._waiting.join()
         assert self._database is not None  # `open` comes first

@@ -264,7 +264,7 @@ async def test_decisions_are_listed_and_published(mesh):
     assert [] == list((await stub.ListDecisions(pb.ListDecisionsRequest(run_id="unknown"))).decisions)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ListDecisions(pb.ListDecisionsRequest(run_id="digits-1", page_token="x"))
-    assert "PAGE_TOKEN" == from_rpc_error(caught.value).reason
+    assert "PAGE_TOKEN_INVALID" == from_rpc_error(caught.value).reason
     async with BusSubscriber(mesh.channel(), "decisions", start=oona_service_pb2.START_POSITION_EARLIEST) as subscriber:
         seen = []
         async for delivery in subscriber:

@@ -5590,7 +5590,8 @@ class TamiyoServiceStub:
 
     def list_decisions(self, message: "ListDecisionsRequest") -> "ListDecisionsResponse":
         """
-        Lists the decisions given to a run, newest first, page by page. An unknown run has none.
+        Lists the decisions given to a run, newest first, page by page. An unknown run has none. INVALID_ARGUMENT
+        (PAGE_TOKEN_INVALID) when the token is not of a page before.
         """
 
         return self._channel.unary_unary(
@@ -5690,7 +5691,7 @@ class TolariaServiceStub:
 
     def list_runs(self, message: "ListRunsRequest") -> "ListRunsResponse":
         """
-        Lists runs, newest first, page by page.
+        Lists runs, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page before.
         """
 
         return self._channel.unary_unary(
@@ -5891,7 +5892,8 @@ class UrzaServiceStub:
 
     def list_blueprints(self, message: "ListBlueprintsRequest") -> "ListBlueprintsResponse":
         """
-        Lists blueprints, newest first, without their IR, page by page.
+        Lists blueprints, newest first, without their IR, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not
+        of a page of the same query.
         """
 
         return self._channel.unary_unary(
@@ -5939,7 +5941,8 @@ class UrzaServiceStub:
 
     def list_builds(self, message: "ListBuildsRequest") -> "ListBuildsResponse":
         """
-        Lists builds, newest first, page by page.
+        Lists builds, newest first, page by page. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same
+        query.
         """
 
         return self._channel.unary_unary(
@@ -5977,7 +5980,8 @@ class UrzaServiceStub:
 
     def list_kernels(self, message: "ListKernelsRequest") -> "ListKernelsResponse":
         """
-        Lists kernels that match every condition given, newest first, page by page.
+        Lists kernels that match every condition given, newest first, page by page; a page may end before its size lest it outgrow
+        a message. INVALID_ARGUMENT (PAGE_TOKEN_INVALID) when the token is not of a page of the same query.
         """
 
         return self._channel.unary_unary(
