@@ -12,7 +12,7 @@ from esper.kasmina.signature import Layout, Signature
 from esper.mesh.bus import BusPublisher, BusSubscriber
 from esper.mesh.channel import open_channel
 from esper.mesh.errors import Code, LimitExceeded, Unavailable
-from esper.mesh.testing import serve, service_context
+from esper.mesh.testing import serve, service_context, settings_with
 from esper.oona.service import Config as OonaConfig
 from esper.oona.service import build as build_oona
 from esper.urza import announce, desk, feed
@@ -77,14 +77,14 @@ async def test_a_number_from_another_library_is_refused(served: Served) -> None:
     assert (Code.OUT_OF_RANGE, "SEQUENCE_AHEAD") == (error.code, error.reason)
 
 
-async def test_watches_end_at_the_drain(served: Served) -> None:
+async def test_watches_end_at_the_drain(tmp_path: Path) -> None:
     """A server that stops ends every watch with UNAVAILABLE, and does not wait for its grace."""
-    call = aiter(served.client.WatchLibrary(pb.WatchLibraryRequest()))
-    await take(call, 1)
-    stopping = asyncio.ensure_future(served.server.stop())
-    error = await refusal(call)
-    assert (Code.UNAVAILABLE, "DRAINING") == (error.code, error.reason)
-    async with asyncio.timeout(1.5):
+    async with serve_library(tmp_path, settings=settings_with(drain_grace_s=120)) as served, asyncio.timeout(60):
+        call = aiter(served.client.WatchLibrary(pb.WatchLibraryRequest()))
+        await take(call, 1)
+        stopping = asyncio.ensure_future(served.server.stop())
+        error = await refusal(call)
+        assert (Code.UNAVAILABLE, "DRAINING") == (error.code, error.reason)
         await stopping
 
 

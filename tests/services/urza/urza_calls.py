@@ -16,7 +16,8 @@ from esper.kasmina.kernels.signing import SignedVerdict, SigningKey, Statement
 from esper.mesh.errors import EsperError, from_rpc_error
 from esper.mesh.identity import Role
 from esper.mesh.server import MeshServer
-from esper.mesh.testing import channel_as, serve, service_context
+from esper.mesh.settings import ServerSettings
+from esper.mesh.testing import TEST_SETTINGS, channel_as, serve, service_context
 from esper.urza import convert
 from esper.urza.library import Library
 from esper.urza.service import Config, Urza, build
@@ -174,13 +175,15 @@ def stream(*parts: pb.UploadKernelRequest) -> AsyncIterator[pb.UploadKernelReque
 
 
 @asynccontextmanager
-async def serve_library(directory: Path, config: Config | None = None) -> AsyncIterator[Served]:
+async def serve_library(
+    directory: Path, config: Config | None = None, *, settings: ServerSettings = TEST_SETTINGS
+) -> AsyncIterator[Served]:
     """A library behind a real server, and a stub for everybody."""
     context = service_context("urza", directory)
     service = await build(Config(announce=False) if config is None else config, context)
     assert isinstance(service, Urza)
     async with AsyncExitStack() as stack:
-        server, channel = await stack.enter_async_context(serve(service, drain=context.drain))
+        server, channel = await stack.enter_async_context(serve(service, settings=settings, drain=context.drain))
         client = urza_service_pb2_grpc.UrzaServiceStub(channel)
         stubs = []
         for role in (Role.TEZZERET, Role.URABRASK, Role.OPERATOR):
