@@ -25,6 +25,8 @@ LISTED = [
     "Hang",
     "Boom",
     "BoomAfter",
+    "Orphan",
+    "OrphanAfter",
     "Sync",
 ]
 
@@ -35,8 +37,8 @@ class EchoStub:
     def __init__(self, channel: grpc.aio.Channel | grpc.Channel) -> None:
         codec = {"request_serializer": StringValue.SerializeToString, "response_deserializer": StringValue.FromString}
         shapes = {
-            "unary_unary": "Unary Unlisted Unknown Hang Boom Sync",
-            "unary_stream": "Generate Write BoomAfter",
+            "unary_unary": "Unary Unlisted Unknown Hang Boom Orphan Sync",
+            "unary_stream": "Generate Write BoomAfter OrphanAfter",
             "stream_unary": "Collect ReadAll",
             "stream_stream": "Subscribe WatchWrite",
         }
@@ -88,6 +90,8 @@ class EchoService(Service):
             "Hang": uu(self.hang, **codec),
             "Boom": uu(self.boom, **codec),
             "BoomAfter": us(self.boom_after, **codec),
+            "Orphan": uu(self.orphan, **codec),
+            "OrphanAfter": us(self.orphan_after, **codec),
             "Sync": uu(lambda request, context: request, **codec),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -161,6 +165,21 @@ class EchoService(Service):
     async def boom_after(self, request: StringValue, context: object) -> AsyncIterator[StringValue]:
         yield StringValue(value="first")
         raise RuntimeError("database password=hunter2 is wrong")
+
+    async def orphan(self, request: StringValue, context: object) -> StringValue:
+        await _cancelled_elsewhere()
+        return request
+
+    async def orphan_after(self, request: StringValue, context: object) -> AsyncIterator[StringValue]:
+        yield StringValue(value="first")
+        await _cancelled_elsewhere()
+
+
+async def _cancelled_elsewhere() -> None:
+    """Wait for work that somebody else cancels, as when a channel closes under a call."""
+    work = asyncio.create_task(asyncio.sleep(60))
+    asyncio.get_running_loop().call_soon(work.cancel)
+    await work
 
 
 @pytest.fixture

@@ -174,13 +174,12 @@ def test_a_test_that_calls_a_service_it_was_not_given_is_told(tmp_path) -> None:
 def ended(error: BaseException, *, method: str = "/a.B/C") -> BaseException | None:
     """What the errors hook makes of an error."""
     call = RpcCall(method, "unary_unary", known=True, context=None, metadata={}, request_id="r-1")
-    return ErrorsHook().end(call, error)
+    return ErrorsHook(asyncio.Event()).end(call, error)
 
 
 def test_the_errors_hook_maps_what_handlers_raise(capsys) -> None:
-    """Cancellation passes, private texts stay behind, a timeout is the deadline's only when the deadline has passed."""
-    cancelled, refused = asyncio.CancelledError(), NotFound("gone", private="row 7")
-    assert cancelled is ended(cancelled)
+    """Private texts stay behind, a timeout is the deadline's only when the deadline has passed."""
+    refused = NotFound("gone", private="row 7")
     assert refused is ended(refused)
     defect = ended(InternalError("disk 3 lies", reason="STORE_BROKEN"))
     assert ("internal error", "STORE_BROKEN", {"request_id": "r-1"}) == (defect.public, defect.reason, defect.metadata)

@@ -112,6 +112,18 @@ async def test_a_defect_leaks_nothing_and_is_logged_with_its_traceback(echo, stu
     assert "hunter2" not in logged
 
 
+@pytest.mark.parametrize("method", ["Orphan", "OrphanAfter"])
+async def test_a_cancellation_of_the_handlers_own_is_answered(echo, stub_of, capsys, method: str) -> None:
+    """What the handler waited for was cancelled, the call was not: it ends with a status, and at once."""
+    async with serve(echo) as (server, channel):
+        error = await failure(getattr(stub_of(channel), method)(text("x")))
+        assert (InternalError, "internal error") == (type(error), error.public)
+        assert "_cancelled_elsewhere" in capsys.readouterr().err
+        server.drain_event.set()
+        error = await failure(getattr(stub_of(channel), method)(text("x")))
+        assert (Unavailable, "DRAINING") == (type(error), error.reason)
+
+
 async def test_gRPCs_own_abort_and_codes_pass_untouched(echo, stub_of) -> None:  # noqa: N802  # gRPC is spelled so
     """A handler may still use the context's abort and set_code."""
     async with serve(echo) as (_, channel):

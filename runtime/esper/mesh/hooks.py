@@ -1,5 +1,6 @@
 """What happens around every RPC: context, metrics (metrics.py), errors, identity, limits, validation, in this order."""
 
+import asyncio
 import re
 import secrets
 from collections.abc import Collection, Mapping
@@ -50,12 +51,25 @@ class ContextHook(Hook):
 
 
 class ErrorsHook(Hook):
-    """Turns whatever ended the call into an `EsperError`, logs what an operator must see, and leaks nothing."""
+    """Turns whatever ended the call into an `EsperError`, logs what an operator must see, and leaks nothing.
+
+    Args:
+        drain: set when the server drains.
+    """
+
+    def __init__(self, drain: asyncio.Event) -> None:
+        self._drain = drain
 
     def end(self, call: RpcCall, error: BaseException | None) -> BaseException | None:  # noqa: PLR0911  # one return per kind
-        """Map the error; cancellation and gRPC's own abort pass untouched."""
-        if error is None or is_cancellation(error) or isinstance(error, grpc.aio.AbortError):
+        """Map the error; the call's cancellation and gRPC's own abort pass untouched."""
+        if error is None or _is_of_the_call(error):
             return error
+        if isinstance(error, asyncio.CancelledError):
+            # Of something that the handler waited for. gRPC would send no status, and the client would wait for ever.
+            _log.error("call failed", exc_info=error)
+            if self._drain.is_set():
+                return Unavailable("the server is draining", reason="DRAINING")
+            return self._internal(call)
         if isinstance(error, grpc.RpcError):
             return self._downstream(call, error)
         if isinstance(error, EsperError):
@@ -67,10 +81,8 @@ class ErrorsHook(Hook):
             else:
                 _log.debug("call refused", code=error.code.name, reason=error.reason, public=error.public)
             return error
-        if isinstance(error, TimeoutError):
-            remaining = ambient.time_remaining()
-            if remaining is not None and remaining <= 0:
-                return DeadlineMissed("the deadline passed before the work was done")
+        if isinstance(error, TimeoutError) and _is_overdue():
+            return DeadlineMissed("the deadline passed before the work was done")
         _log.error("call failed", exc_info=error)
         if not isinstance(error, Exception):
             return error  # KeyboardInterrupt and the like end the process, not the call
@@ -91,6 +103,19 @@ class ErrorsHook(Hook):
     def _internal(call: RpcCall, reason: str = "INTERNAL") -> InternalError:
         # The request id is all that a client needs to show to an operator, who finds the traceback under it.
         return InternalError("internal error", reason=reason, metadata={"request_id": call.request_id})
+
+
+def _is_of_the_call(error: BaseException) -> bool:
+    """Whether gRPC itself ended the call and needs no answer: it cancels the handler's task, or a handler aborted."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return is_cancellation(error) or isinstance(error, grpc.aio.AbortError)
+
+
+def _is_overdue() -> bool:
+    remaining = ambient.time_remaining()
+    return remaining is not None and remaining <= 0
 
 
 class AuthHook(Hook):

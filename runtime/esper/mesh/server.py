@@ -91,7 +91,7 @@ class MeshServer:
         self._hooks: tuple[Hook, ...] = (
             ContextHook(),
             MetricsHook(self.registry),
-            ErrorsHook(),
+            ErrorsHook(self.drain_event),
             AuthHook(
                 {method: roles for service in services for method, roles in service.policy.items()},
                 public=(*_HEALTH, *_REFLECTION),
