@@ -97,6 +97,21 @@ CORPUS = [
     ("sqlalchemy.exc.OperationalError: connect(dsn=postgres://u:hunter2@h/d) refused", "hunter2"),
 ]
 
+CORPUS += [
+    (f"auth={A}", A),
+    (json.dumps({"auth": A}), A),
+    (f"auth: Basic {A}", A),
+    (f"authorization header was Basic {A[:24]}==", A[:24]),
+    (f"OPENAI_KEY={A}", A),
+    ("api_keys=['hunter2', 'hunter3']", "hunter3"),
+    ("credentials={'user': 'a', 'word': 'hunter2'}", "hunter2"),
+    ("postgresql://u:pa/ss@db", "pa/ss"),
+    ("rejected {b'password': b'hunter2'}", "hunter2"),
+    (f"{'app.section.' * 12}password={A}", A),
+    (_join("glsa", "_", A), A),
+    (_join("tskey", "-auth-", A), A),
+]
+
 INNOCENT = [
     "sha256:" + "0123456789abcdef" * 4,
     "digits-20261123-2021-k3f9",
@@ -113,6 +128,15 @@ INNOCENT = [
     'File "/srv/esper/tolaria/loop.py", line 7, in step',
     "basic block of layer 3",
     "the token was refused",
+    "kernel digest sha256:" + "0123456789abcdef" * 4 + " does not match",
+    "digest sha256:0123456789abcdef",
+    "basic convolution block",
+    "they negotiate parameters",
+    "bearer authentication is expected",
+    "http://host:8080/path@v2",
+    "postgresql://db:5432/urza?options=a@b",
+    "author=somebody, conv_keys: 3",
+    "connection: closed, session: 3",
 ]
 
 
@@ -138,17 +162,41 @@ def test_what_only_resembles_a_credential_stays(text: str) -> None:
     "name",
     ["password", "DB_PASSWORD", "db.password", "apiKey", "api-key", "X-Auth-Token", "authorization", "Cookie",
      "clientSecret", "secret", "secrets", "token", "accessToken", "private_key", "signingKey", "aws_secret_access_key",
-     "connection_string", "dsn", "credentials", "passwd", "pwd", "session_id"],
+     "connection_string", "dsn", "credentials", "passwd", "pwd", "session_id", "auth", "jwt", "otp", "passcode",
+     "client_key", "service_key", "sessionid", "db_pass", "passwords", "api_keys", "access_tokens", "hmac_key",
+     "password2", "auth_header", "OPENAI_KEY", "dbpassword", "set-cookie", "mnemonic", "conn_str", "userAuth"],
 )  # fmt: skip
 def test_fields_of_secret_names_lose_any_value(name: str) -> None:
     """The name decides, whatever the value looks like, at any depth."""
     assert is_secret_name(name)
     assert {"a": [{name: MASK}]} == scrub({"a": [{name: "plain"}]})
     assert {name: MASK} == scrub({name: ["even", "lists"]})
+    assert MASK == scrub({name.encode(): "plain"})[str(name.encode())]
+    for text in (f"{name}={A}", f"{name}: {A}", f"{name} => '{A}'", json.dumps({name: A}), f"run --{name} {A} now"):
+        assert A not in scrub_text(f"call failed: {text} (gave up)"), (
+            "a name is as secret in a text as it is as a field"
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["key", "site_key", "event", "tokens", "kernel_id", "author", "topic", "passed", "tokenizer"]
+    "name",
+    [
+        "key",
+        "site_key",
+        "event",
+        "tokens",
+        "kernel_id",
+        "author",
+        "topic",
+        "passed",
+        "tokenizer",
+        "valid_tokens",
+        "max_tokens",
+        "keys",
+        "pass_1",
+        "partition_key",
+        "oauthor",
+    ],
 )
 def test_fields_of_other_names_keep_their_value(name: str) -> None:
     """A message's key and a count of tokens are no secrets."""
