@@ -30,7 +30,9 @@ class StartRunRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client, best a UUID: makes the call idempotent; empty for none; at most 64 bytes."""
+    """Chosen by the client, best a UUID: makes the call idempotent, as clients that repeat it by themselves need it;
+    required, at most 64 bytes.
+    """
     @_builtins.property
     def spec(self) -> _run_pb2.RunSpec:
         """What to train; required."""

@@ -93,7 +93,7 @@ class RunStore:
 
     def by_request(self, request_id: str) -> RunRecord | None:
         """The run that a request made, if it did."""
-        run_id = self._by_request.get(request_id) if request_id else None
+        run_id = self._by_request.get(request_id)
         return self._records[run_id] if run_id else None
 
     def create(self, record: RunRecord, config: RunConfig) -> None:

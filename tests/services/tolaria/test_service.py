@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import uuid
 from typing import TYPE_CHECKING
 
 import grpc
@@ -53,7 +54,8 @@ class Client:
         self.stub = TolariaServiceStub(channel)
 
     async def start(self, message: RunSpec, request_id: str = "") -> Run:
-        return (await self.stub.StartRun(pb.StartRunRequest(spec=message, request_id=request_id), timeout=20)).run
+        request = pb.StartRunRequest(spec=message, request_id=request_id or str(uuid.uuid4()))
+        return (await self.stub.StartRun(request, timeout=20)).run
 
     async def get(self, run_id: str) -> Run:
         return (await self.stub.GetRun(pb.GetRunRequest(run_id=run_id), timeout=20)).run

@@ -4646,7 +4646,8 @@ class StartRunRequest(betterproto2.Message):
 
     request_id: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Chosen by the client, best a UUID: makes the call idempotent; empty for none; at most 64 bytes.
+    Chosen by the client, best a UUID: makes the call idempotent, as clients that repeat it by themselves need it;
+    required, at most 64 bytes.
     """
 
 
