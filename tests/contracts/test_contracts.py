@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import protovalidate
 import pytest
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 import esper_dataclasses.esper.v1 as dataclass_client
 from esper import v1
+from esper.v1 import health_pb2, seed_pb2, site_pb2
 from tests.contracts.strategies import messages
 
+PROTO = Path(__file__).parents[2] / "proto" / "esper" / "v1"
 MODULES = [
     importlib.import_module(f"esper.v1.{module.name}")
     for module in pkgutil.iter_modules(v1.__path__)
@@ -38,27 +42,88 @@ def _rules(field: FieldDescriptor) -> validate_pb2.FieldRules:
     return field.GetOptions().Extensions[validate_pb2.field]
 
 
+def _bounded(field: FieldDescriptor, rules: validate_pb2.FieldRules) -> bool:
+    """Whether one value of a field is bounded; numbers bound themselves."""
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return rules.bytes.HasField("max_len") or rules.bytes.HasField("len")
+    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return rules.string.HasField("max_len") or "{64}" in rules.string.pattern
+    if field.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
+        return rules.enum.defined_only or len(getattr(rules.enum, "in")) > 0
+    return True
+
+
 @pytest.mark.parametrize("descriptor", MESSAGES, ids=lambda d: d.name)
 def test_every_unbounded_kind_of_field_has_a_bound(descriptor):
-    """Each string, bytes, enum and repeated field of the contracts carries a protovalidate rule that bounds it."""
+    """Each string, bytes, enum and repeated field carries a protovalidate rule that bounds it; so does each item."""
     missing = []
     for field in descriptor.fields:
         rules = _rules(field)
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            entry = field.message_type.fields_by_name
             bounded = rules.map.HasField("max_pairs")
+            bounded &= _bounded(entry["key"], rules.map.keys) and _bounded(entry["value"], rules.map.values)
         elif field.is_repeated:
-            bounded = rules.repeated.HasField("max_items")
-        elif field.type == FieldDescriptor.TYPE_BYTES:
-            bounded = rules.bytes.HasField("max_len") or rules.bytes.HasField("len")
-        elif field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-            bounded = rules.string.HasField("max_len") or "{64}" in rules.string.pattern
-        elif field.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
-            bounded = rules.enum.defined_only or len(getattr(rules.enum, "in")) > 0
+            bounded = rules.repeated.HasField("max_items") and _bounded(field, rules.repeated.items)
         else:
-            bounded = True
+            bounded = _bounded(field, rules)
         if not bounded:
             missing.append(field.name)
     assert missing == []
+
+
+_BLOCK = re.compile(r"^message (\w+) \{$(.*?)^\}$", re.MULTILINE | re.DOTALL)
+_FIELD = re.compile(r"((?:^ +// .*\n)+)^ +(?:repeated |optional )?[\w.]+ (\w+) = \d+", re.MULTILINE)
+_RANGE = re.compile(r"\b[\d,]+ to [\d,]+\b|\babove \d|\bat (?:least|most) \d")
+_NUMBERS = {"int32", "int64", "uint32", "uint64", "double", "float"}
+
+
+def _promises() -> list[tuple[FieldDescriptor, str]]:
+    """Numbers whose comment names a range, with it. Of lists only ranges of items: how many there are is `max_items`."""
+    by_name = {descriptor.name: descriptor for descriptor in MESSAGES}
+    found = []
+    for file in sorted(PROTO.glob("*.proto")):
+        for name, body in _BLOCK.findall(file.read_text(encoding="utf-8")):
+            for comment, field_name in _FIELD.findall(body):
+                field = by_name[name].fields_by_name[field_name]
+                said = [text for text in _RANGE.findall(comment) if not field.is_repeated or " to " in text]
+                numeric = field.message_type is None and field.enum_type is None
+                numeric &= field.cpp_type not in {FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_BOOL}
+                found += [(field, text) for text in said if numeric]
+    return found
+
+
+@pytest.mark.parametrize(("field", "said"), _promises(), ids=lambda value: getattr(value, "full_name", value))
+def test_a_range_in_prose_is_a_rule(field, said):
+    """What a comment promises of a number, the validator demands."""
+    rules = _rules(field)
+    if field.is_repeated:
+        assert rules.cel, f"the comment says {said}"
+        return
+    kind = rules.WhichOneof("type")
+    assert kind in _NUMBERS, f"the comment says {said}"
+    demanded = getattr(rules, kind)
+    assert demanded.WhichOneof("less_than") or demanded.WhichOneof("greater_than"), f"the comment says {said}"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [float("nan"), 1.0], []])
+def test_a_column_of_fractions_may_have_gaps(values):
+    """NaN stands for what was not measured."""
+    assert [] == protovalidate.collect_violations(site_pb2.SiteColumns(saturation=values))
+    assert [] == protovalidate.collect_violations(seed_pb2.SeedColumns(alpha=values, gain_confidence=values))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("inf"), float("-inf")])
+def test_a_column_of_fractions_has_nothing_else(value):
+    """A value that is no fraction is refused by name."""
+    for message in (
+        site_pb2.SiteColumns(saturation=[0.5, value]),
+        site_pb2.SiteColumns(dead_fraction=[0.5, value]),
+        seed_pb2.SeedColumns(alpha=[0.5, value]),
+        health_pb2.HealthBatch(alpha=[value]),
+    ):
+        (violation,) = protovalidate.collect_violations(message)
+        assert "fractions" == violation.proto.rule_id
 
 
 @pytest.mark.parametrize("descriptor", MESSAGES, ids=lambda d: d.name)

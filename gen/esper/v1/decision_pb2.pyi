@@ -162,7 +162,9 @@ class Decision(_message.Message):
     reason: _builtins.str
     """Why, for programs, like "PLATEAU"; at most 48 bytes."""
     explanation: _builtins.str
-    """Why, for people: one sentence with the numbers that decided; at most 512 bytes."""
+    """Why, for people: the numbers that decided, in one sentence; at most 512 bytes, usually less than 100. What else was
+    weighed is in the advice of the same boundary.
+    """
     @_builtins.property
     def kernel(self) -> Global___KernelChoice:
         """For GERMINATE; else absent."""

@@ -501,7 +501,7 @@ class TrainingState(_message.Message):
     validation_loss: _builtins.float
     """Mean validation loss; absent when not measured, NaN or infinite where that was measured."""
     validation_accuracy: _builtins.float
-    """Validation accuracy, 0 to 1; absent when not measured."""
+    """Validation accuracy as the loop reports it, for people: nothing is decided by it; absent when not measured."""
     learning_rate: _builtins.float
     """Learning rate of the host; absent when unknown."""
     gradient_norm: _builtins.float

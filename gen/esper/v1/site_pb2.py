@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from esper.v1 import signature_pb2 as esper_dot_v1_dot_signature__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65sper/v1/site.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x18\x65sper/v1/signature.proto\"\xb3\x03\n\x04Site\x12\x1f\n\x05index\x18\x01 \x01(\rB\t\xbaH\x06*\x04\x18\xff\xff\x03R\x05index\x12\x1c\n\x04name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x04name\x12\x32\n\x04kind\x18\x03 \x01(\x0e\x32\x12.esper.v1.SiteKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04kind\x12\x41\n\x0bgranularity\x18\x04 \x01(\x0e\x32\x15.esper.v1.GranularityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0bgranularity\x12)\n\x0bmodule_type\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\nmoduleType\x12\x39\n\tsignature\x18\x06 \x01(\x0b\x32\x13.esper.v1.SignatureB\x06\xbaH\x03\xc8\x01\x01R\tsignature\x12\x30\n\x0fnarrowest_width\x18\x07 \x01(\rB\x07\xbaH\x04*\x02(\x01R\x0enarrowestWidth\x12\x1e\n\nparameters\x18\x08 \x01(\x04R\nparameters\x12%\n\x05\x64\x65pth\x18\t \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?-\x00\x00\x00\x00R\x05\x64\x65pth\x12\x16\n\x06\x63\x61usal\x18\n \x01(\x08R\x06\x63\x61usal\"\xee\x01\n\x0bSiteColumns\x12\x1e\n\x04site\x18\x01 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x04site\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_rank\x18\x02 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\reffectiveRank\x12*\n\nsaturation\x18\x03 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\nsaturation\x12/\n\rdead_fraction\x18\x04 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0c\x64\x65\x61\x64\x46raction\x12/\n\rgradient_norm\x18\x05 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0cgradientNorm*S\n\x08SiteKind\x12\x19\n\x15SITE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SITE_KIND_SERIES\x10\x01\x12\x16\n\x12SITE_KIND_PARALLEL\x10\x02*n\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANULARITY_LAYER\x10\x01\x12\x15\n\x11GRANULARITY_BLOCK\x10\x02\x12\x14\n\x10GRANULARITY_SPAN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65sper/v1/site.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x18\x65sper/v1/signature.proto\"\xb3\x03\n\x04Site\x12\x1f\n\x05index\x18\x01 \x01(\rB\t\xbaH\x06*\x04\x18\xff\xff\x03R\x05index\x12\x1c\n\x04name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x04name\x12\x32\n\x04kind\x18\x03 \x01(\x0e\x32\x12.esper.v1.SiteKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04kind\x12\x41\n\x0bgranularity\x18\x04 \x01(\x0e\x32\x15.esper.v1.GranularityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0bgranularity\x12)\n\x0bmodule_type\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\nmoduleType\x12\x39\n\tsignature\x18\x06 \x01(\x0b\x32\x13.esper.v1.SignatureB\x06\xbaH\x03\xc8\x01\x01R\tsignature\x12\x30\n\x0fnarrowest_width\x18\x07 \x01(\rB\x07\xbaH\x04*\x02(\x01R\x0enarrowestWidth\x12\x1e\n\nparameters\x18\x08 \x01(\x04R\nparameters\x12%\n\x05\x64\x65pth\x18\t \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?-\x00\x00\x00\x00R\x05\x64\x65pth\x12\x16\n\x06\x63\x61usal\x18\n \x01(\x08R\x06\x63\x61usal\"\xc6\x03\n\x0bSiteColumns\x12\x1e\n\x04site\x18\x01 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x04site\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_rank\x18\x02 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\reffectiveRank\x12\x95\x01\n\nsaturation\x18\x03 \x03(\x02\x42u\xbaHr\x92\x01\x04\x10\x80\x80\x04\xba\x01h\n\tfractions\x12+expected each entry between 0 and 1, or NaN\x1a.this.all(value, !(value < 0.0 || value > 1.0))R\nsaturation\x12\x9a\x01\n\rdead_fraction\x18\x04 \x03(\x02\x42u\xbaHr\x92\x01\x04\x10\x80\x80\x04\xba\x01h\n\tfractions\x12+expected each entry between 0 and 1, or NaN\x1a.this.all(value, !(value < 0.0 || value > 1.0))R\x0c\x64\x65\x61\x64\x46raction\x12/\n\rgradient_norm\x18\x05 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0cgradientNorm*S\n\x08SiteKind\x12\x19\n\x15SITE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SITE_KIND_SERIES\x10\x01\x12\x16\n\x12SITE_KIND_PARALLEL\x10\x02*n\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANULARITY_LAYER\x10\x01\x12\x15\n\x11GRANULARITY_BLOCK\x10\x02\x12\x14\n\x10GRANULARITY_SPAN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,17 +54,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITECOLUMNS'].fields_by_name['effective_rank']._loaded_options = None
   _globals['_SITECOLUMNS'].fields_by_name['effective_rank']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
   _globals['_SITECOLUMNS'].fields_by_name['saturation']._loaded_options = None
-  _globals['_SITECOLUMNS'].fields_by_name['saturation']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_SITECOLUMNS'].fields_by_name['saturation']._serialized_options = b'\272Hr\222\001\004\020\200\200\004\272\001h\n\tfractions\022+expected each entry between 0 and 1, or NaN\032.this.all(value, !(value < 0.0 || value > 1.0))'
   _globals['_SITECOLUMNS'].fields_by_name['dead_fraction']._loaded_options = None
-  _globals['_SITECOLUMNS'].fields_by_name['dead_fraction']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_SITECOLUMNS'].fields_by_name['dead_fraction']._serialized_options = b'\272Hr\222\001\004\020\200\200\004\272\001h\n\tfractions\022+expected each entry between 0 and 1, or NaN\032.this.all(value, !(value < 0.0 || value > 1.0))'
   _globals['_SITECOLUMNS'].fields_by_name['gradient_norm']._loaded_options = None
   _globals['_SITECOLUMNS'].fields_by_name['gradient_norm']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
-  _globals['_SITEKIND']._serialized_start=767
-  _globals['_SITEKIND']._serialized_end=850
-  _globals['_GRANULARITY']._serialized_start=852
-  _globals['_GRANULARITY']._serialized_end=962
+  _globals['_SITEKIND']._serialized_start=983
+  _globals['_SITEKIND']._serialized_end=1066
+  _globals['_GRANULARITY']._serialized_start=1068
+  _globals['_GRANULARITY']._serialized_end=1178
   _globals['_SITE']._serialized_start=89
   _globals['_SITE']._serialized_end=524
   _globals['_SITECOLUMNS']._serialized_start=527
-  _globals['_SITECOLUMNS']._serialized_end=765
+  _globals['_SITECOLUMNS']._serialized_end=981
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ from esper.v1 import run_pb2 as esper_dot_v1_dot_run__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65sper/v1/tamiyo_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17\x65sper/v1/decision.proto\x1a\x15\x65sper/v1/policy.proto\x1a\x12\x65sper/v1/run.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\rAdviseRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x12.esper.v1.RunHelloH\x00R\x05hello\x12/\n\x05state\x18\x02 \x01(\x0b\x32\x17.esper.v1.TrainingStateH\x00R\x05stateB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"s\n\x0e\x41\x64viseResponse\x12-\n\x05ready\x18\x01 \x01(\x0b\x32\x15.esper.v1.AdviseReadyH\x00R\x05ready\x12*\n\x06\x61\x64vice\x18\x02 \x01(\x0b\x32\x10.esper.v1.AdviceH\x00R\x06\x61\x64viceB\x06\n\x04kind\"^\n\x0b\x41\x64viseReady\x12\x1f\n\x06policy\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06policy\x12.\n\x0epolicy_version\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18 R\rpolicyVersion\"\xef\x01\n\x06\x41\x64vice\x12\x1a\n\x08\x62oundary\x18\x01 \x01(\x04R\x08\x62oundary\x12;\n\tdecisions\x18\x02 \x03(\x0b\x32\x12.esper.v1.DecisionB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\tdecisions\x12*\n\x0b\x65xplanation\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\x0b\x65xplanation\x12\x34\n\x10\x63ontroller_state\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x0f\x63ontrollerState\x12*\n\x08prefetch\x18\x05 \x03(\x0c\x42\x0e\xbaH\x0b\x92\x01\x08\x10@\"\x04z\x02h R\x08prefetch\"E\n\x11PrepareRunRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x12.esper.v1.RunHelloB\x06\xbaH\x03\xc8\x01\x01R\x05hello\"p\n\x12PrepareRunResponse\x12(\n\nkernel_ids\x18\x01 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80 R\tkernelIds\x12\x18\n\x07pending\x18\x02 \x01(\rR\x07pending\x12\x16\n\x06\x66\x61iled\x18\x03 \x01(\rR\x06\x66\x61iled\"\x12\n\x10GetPolicyRequest\"=\n\x11GetPolicyResponse\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x10.esper.v1.PolicyR\x06policy\"\x88\x01\n\x14ListDecisionsRequest\x12 \n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05runId\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"\x8e\x01\n\x15ListDecisionsResponse\x12\x43\n\tdecisions\x18\x01 \x03(\x0b\x32\x1a.esper.v1.RecordedDecisionB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\tdecisions\x12\x30\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\rnextPageToken\"\xa1\x01\n\x10RecordedDecision\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x12.esper.v1.DecisionR\x08\x64\x65\x63ision\x12 \n\x06policy\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06policy\x12;\n\x0b\x64\x65\x63ide_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndecideTime2\xc2\x02\n\rTamiyoService\x12\x41\n\x06\x41\x64vise\x12\x17.esper.v1.AdviseRequest\x1a\x18.esper.v1.AdviseResponse\"\x00(\x01\x30\x01\x12L\n\nPrepareRun\x12\x1b.esper.v1.PrepareRunRequest\x1a\x1c.esper.v1.PrepareRunResponse\"\x03\x90\x02\x02\x12I\n\tGetPolicy\x12\x1a.esper.v1.GetPolicyRequest\x1a\x1b.esper.v1.GetPolicyResponse\"\x03\x90\x02\x01\x12U\n\rListDecisions\x12\x1e.esper.v1.ListDecisionsRequest\x1a\x1f.esper.v1.ListDecisionsResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65sper/v1/tamiyo_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17\x65sper/v1/decision.proto\x1a\x15\x65sper/v1/policy.proto\x1a\x12\x65sper/v1/run.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\rAdviseRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x12.esper.v1.RunHelloH\x00R\x05hello\x12/\n\x05state\x18\x02 \x01(\x0b\x32\x17.esper.v1.TrainingStateH\x00R\x05stateB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"s\n\x0e\x41\x64viseResponse\x12-\n\x05ready\x18\x01 \x01(\x0b\x32\x15.esper.v1.AdviseReadyH\x00R\x05ready\x12*\n\x06\x61\x64vice\x18\x02 \x01(\x0b\x32\x10.esper.v1.AdviceH\x00R\x06\x61\x64viceB\x06\n\x04kind\"^\n\x0b\x41\x64viseReady\x12\x1f\n\x06policy\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06policy\x12.\n\x0epolicy_version\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18 R\rpolicyVersion\"\xef\x01\n\x06\x41\x64vice\x12\x1a\n\x08\x62oundary\x18\x01 \x01(\x04R\x08\x62oundary\x12;\n\tdecisions\x18\x02 \x03(\x0b\x32\x12.esper.v1.DecisionB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\tdecisions\x12*\n\x0b\x65xplanation\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\x0b\x65xplanation\x12\x34\n\x10\x63ontroller_state\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x0f\x63ontrollerState\x12*\n\x08prefetch\x18\x05 \x03(\x0c\x42\x0e\xbaH\x0b\x92\x01\x08\x10@\"\x04z\x02h R\x08prefetch\"E\n\x11PrepareRunRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x12.esper.v1.RunHelloB\x06\xbaH\x03\xc8\x01\x01R\x05hello\"v\n\x12PrepareRunResponse\x12.\n\nkernel_ids\x18\x01 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x80 \"\x04r\x02\x18PR\tkernelIds\x12\x18\n\x07pending\x18\x02 \x01(\rR\x07pending\x12\x16\n\x06\x66\x61iled\x18\x03 \x01(\rR\x06\x66\x61iled\"\x12\n\x10GetPolicyRequest\"=\n\x11GetPolicyResponse\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x10.esper.v1.PolicyR\x06policy\"\x88\x01\n\x14ListDecisionsRequest\x12 \n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05runId\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"\x8e\x01\n\x15ListDecisionsResponse\x12\x43\n\tdecisions\x18\x01 \x03(\x0b\x32\x1a.esper.v1.RecordedDecisionB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\tdecisions\x12\x30\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\rnextPageToken\"\xa1\x01\n\x10RecordedDecision\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x12.esper.v1.DecisionR\x08\x64\x65\x63ision\x12 \n\x06policy\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06policy\x12;\n\x0b\x64\x65\x63ide_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndecideTime2\xc2\x02\n\rTamiyoService\x12\x41\n\x06\x41\x64vise\x12\x17.esper.v1.AdviseRequest\x1a\x18.esper.v1.AdviseResponse\"\x00(\x01\x30\x01\x12L\n\nPrepareRun\x12\x1b.esper.v1.PrepareRunRequest\x1a\x1c.esper.v1.PrepareRunResponse\"\x03\x90\x02\x02\x12I\n\tGetPolicy\x12\x1a.esper.v1.GetPolicyRequest\x1a\x1b.esper.v1.GetPolicyResponse\"\x03\x90\x02\x01\x12U\n\rListDecisions\x12\x1e.esper.v1.ListDecisionsRequest\x1a\x1f.esper.v1.ListDecisionsResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,7 +53,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARERUNREQUEST'].fields_by_name['hello']._loaded_options = None
   _globals['_PREPARERUNREQUEST'].fields_by_name['hello']._serialized_options = b'\272H\003\310\001\001'
   _globals['_PREPARERUNRESPONSE'].fields_by_name['kernel_ids']._loaded_options = None
-  _globals['_PREPARERUNRESPONSE'].fields_by_name['kernel_ids']._serialized_options = b'\272H\006\222\001\003\020\200 '
+  _globals['_PREPARERUNRESPONSE'].fields_by_name['kernel_ids']._serialized_options = b'\272H\014\222\001\t\020\200 \"\004r\002\030P'
   _globals['_LISTDECISIONSREQUEST'].fields_by_name['run_id']._loaded_options = None
   _globals['_LISTDECISIONSREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTDECISIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -83,17 +83,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARERUNREQUEST']._serialized_start=753
   _globals['_PREPARERUNREQUEST']._serialized_end=822
   _globals['_PREPARERUNRESPONSE']._serialized_start=824
-  _globals['_PREPARERUNRESPONSE']._serialized_end=936
-  _globals['_GETPOLICYREQUEST']._serialized_start=938
-  _globals['_GETPOLICYREQUEST']._serialized_end=956
-  _globals['_GETPOLICYRESPONSE']._serialized_start=958
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1019
-  _globals['_LISTDECISIONSREQUEST']._serialized_start=1022
-  _globals['_LISTDECISIONSREQUEST']._serialized_end=1158
-  _globals['_LISTDECISIONSRESPONSE']._serialized_start=1161
-  _globals['_LISTDECISIONSRESPONSE']._serialized_end=1303
-  _globals['_RECORDEDDECISION']._serialized_start=1306
-  _globals['_RECORDEDDECISION']._serialized_end=1467
-  _globals['_TAMIYOSERVICE']._serialized_start=1470
-  _globals['_TAMIYOSERVICE']._serialized_end=1792
+  _globals['_PREPARERUNRESPONSE']._serialized_end=942
+  _globals['_GETPOLICYREQUEST']._serialized_start=944
+  _globals['_GETPOLICYREQUEST']._serialized_end=962
+  _globals['_GETPOLICYRESPONSE']._serialized_start=964
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1025
+  _globals['_LISTDECISIONSREQUEST']._serialized_start=1028
+  _globals['_LISTDECISIONSREQUEST']._serialized_end=1164
+  _globals['_LISTDECISIONSRESPONSE']._serialized_start=1167
+  _globals['_LISTDECISIONSRESPONSE']._serialized_end=1309
+  _globals['_RECORDEDDECISION']._serialized_start=1312
+  _globals['_RECORDEDDECISION']._serialized_end=1473
+  _globals['_TAMIYOSERVICE']._serialized_start=1476
+  _globals['_TAMIYOSERVICE']._serialized_end=1798
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ from esper.v1 import forge_pb2 as esper_dot_v1_dot_forge__pb2
 from esper.v1 import signature_pb2 as esper_dot_v1_dot_signature__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/v1/tezzeret_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x14\x65sper/v1/build.proto\x1a\x14\x65sper/v1/forge.proto\x1a\x18\x65sper/v1/signature.proto\"g\n\x15\x43heckBlueprintRequest\x12\x1b\n\x02ir\x18\x01 \x01(\x0c\x42\x0b\xbaH\x08z\x06\x10\x02\x18\x80\x80\x10R\x02ir\x12\x31\n\tsignature\x18\x02 \x01(\x0b\x32\x13.esper.v1.SignatureR\tsignature\"\xe4\x01\n\x16\x43heckBlueprintResponse\x12\x0e\n\x02ok\x18\x01 \x01(\x08R\x02ok\x12@\n\x08problems\x18\x02 \x03(\x0b\x32\x1a.esper.v1.BlueprintProblemB\x08\xbaH\x05\x92\x01\x02\x10@R\x08problems\x12*\n\x0c\x62lueprint_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18PR\x0b\x62lueprintId\x12\x1e\n\nparameters\x18\x04 \x01(\x04R\nparameters\x12,\n\x12\x66lops_per_position\x18\x05 \x01(\x04R\x10\x66lopsPerPosition\"S\n\x10\x42lueprintProblem\x12\x1b\n\x04node\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04node\x12\"\n\x07message\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08R\x07message\"\x11\n\x0fGetForgeRequest\"\xfd\x01\n\x10GetForgeResponse\x12 \n\x06target\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06target\x12.\n\x05tiers\x18\x02 \x03(\x0e\x32\x0e.esper.v1.TierB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x05tiers\x12*\n\x0blimitations\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x0blimitations\x12\x35\n\x07workers\x18\x04 \x03(\x0b\x32\x10.esper.v1.WorkerB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x07workers\x12\x1c\n\tsucceeded\x18\x05 \x01(\x04R\tsucceeded\x12\x16\n\x06\x66\x61iled\x18\x06 \x01(\x04R\x06\x66\x61iled\"\x14\n\x12WatchBuildsRequest\"J\n\x13WatchBuildsResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x17.esper.v1.BuildProgressR\x08progress2\x86\x02\n\x0fTezzeretService\x12X\n\x0e\x43heckBlueprint\x12\x1f.esper.v1.CheckBlueprintRequest\x1a .esper.v1.CheckBlueprintResponse\"\x03\x90\x02\x01\x12\x46\n\x08GetForge\x12\x19.esper.v1.GetForgeRequest\x1a\x1a.esper.v1.GetForgeResponse\"\x03\x90\x02\x01\x12Q\n\x0bWatchBuilds\x12\x1c.esper.v1.WatchBuildsRequest\x1a\x1d.esper.v1.WatchBuildsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/v1/tezzeret_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x14\x65sper/v1/build.proto\x1a\x14\x65sper/v1/forge.proto\x1a\x18\x65sper/v1/signature.proto\"g\n\x15\x43heckBlueprintRequest\x12\x1b\n\x02ir\x18\x01 \x01(\x0c\x42\x0b\xbaH\x08z\x06\x10\x02\x18\x80\x80\x10R\x02ir\x12\x31\n\tsignature\x18\x02 \x01(\x0b\x32\x13.esper.v1.SignatureR\tsignature\"\xe4\x01\n\x16\x43heckBlueprintResponse\x12\x0e\n\x02ok\x18\x01 \x01(\x08R\x02ok\x12@\n\x08problems\x18\x02 \x03(\x0b\x32\x1a.esper.v1.BlueprintProblemB\x08\xbaH\x05\x92\x01\x02\x10@R\x08problems\x12*\n\x0c\x62lueprint_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18PR\x0b\x62lueprintId\x12\x1e\n\nparameters\x18\x04 \x01(\x04R\nparameters\x12,\n\x12\x66lops_per_position\x18\x05 \x01(\x04R\x10\x66lopsPerPosition\"S\n\x10\x42lueprintProblem\x12\x1b\n\x04node\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04node\x12\"\n\x07message\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08R\x07message\"\x11\n\x0fGetForgeRequest\"\x8b\x02\n\x10GetForgeResponse\x12 \n\x06target\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06target\x12\x35\n\x05tiers\x18\x02 \x03(\x0e\x32\x0e.esper.v1.TierB\x0f\xbaH\x0c\x92\x01\t\x10\x08\"\x05\x82\x01\x02\x10\x01R\x05tiers\x12\x31\n\x0blimitations\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x08\"\x05r\x03\x18\x80\x08R\x0blimitations\x12\x35\n\x07workers\x18\x04 \x03(\x0b\x32\x10.esper.v1.WorkerB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x07workers\x12\x1c\n\tsucceeded\x18\x05 \x01(\x04R\tsucceeded\x12\x16\n\x06\x66\x61iled\x18\x06 \x01(\x04R\x06\x66\x61iled\"\x14\n\x12WatchBuildsRequest\"J\n\x13WatchBuildsResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x17.esper.v1.BuildProgressR\x08progress2\x86\x02\n\x0fTezzeretService\x12X\n\x0e\x43heckBlueprint\x12\x1f.esper.v1.CheckBlueprintRequest\x1a .esper.v1.CheckBlueprintResponse\"\x03\x90\x02\x01\x12\x46\n\x08GetForge\x12\x19.esper.v1.GetForgeRequest\x1a\x1a.esper.v1.GetForgeResponse\"\x03\x90\x02\x01\x12Q\n\x0bWatchBuilds\x12\x1c.esper.v1.WatchBuildsRequest\x1a\x1d.esper.v1.WatchBuildsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,9 +48,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETFORGERESPONSE'].fields_by_name['target']._loaded_options = None
   _globals['_GETFORGERESPONSE'].fields_by_name['target']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_GETFORGERESPONSE'].fields_by_name['tiers']._loaded_options = None
-  _globals['_GETFORGERESPONSE'].fields_by_name['tiers']._serialized_options = b'\272H\005\222\001\002\020\010'
+  _globals['_GETFORGERESPONSE'].fields_by_name['tiers']._serialized_options = b'\272H\014\222\001\t\020\010\"\005\202\001\002\020\001'
   _globals['_GETFORGERESPONSE'].fields_by_name['limitations']._loaded_options = None
-  _globals['_GETFORGERESPONSE'].fields_by_name['limitations']._serialized_options = b'\272H\005\222\001\002\020\010'
+  _globals['_GETFORGERESPONSE'].fields_by_name['limitations']._serialized_options = b'\272H\014\222\001\t\020\010\"\005r\003\030\200\010'
   _globals['_GETFORGERESPONSE'].fields_by_name['workers']._loaded_options = None
   _globals['_GETFORGERESPONSE'].fields_by_name['workers']._serialized_options = b'\272H\006\222\001\003\020\200\002'
   _globals['_TEZZERETSERVICE'].methods_by_name['CheckBlueprint']._loaded_options = None
@@ -68,11 +68,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETFORGEREQUEST']._serialized_start=565
   _globals['_GETFORGEREQUEST']._serialized_end=582
   _globals['_GETFORGERESPONSE']._serialized_start=585
-  _globals['_GETFORGERESPONSE']._serialized_end=838
-  _globals['_WATCHBUILDSREQUEST']._serialized_start=840
-  _globals['_WATCHBUILDSREQUEST']._serialized_end=860
-  _globals['_WATCHBUILDSRESPONSE']._serialized_start=862
-  _globals['_WATCHBUILDSRESPONSE']._serialized_end=936
-  _globals['_TEZZERETSERVICE']._serialized_start=939
-  _globals['_TEZZERETSERVICE']._serialized_end=1201
+  _globals['_GETFORGERESPONSE']._serialized_end=852
+  _globals['_WATCHBUILDSREQUEST']._serialized_start=854
+  _globals['_WATCHBUILDSREQUEST']._serialized_end=874
+  _globals['_WATCHBUILDSRESPONSE']._serialized_start=876
+  _globals['_WATCHBUILDSRESPONSE']._serialized_end=950
+  _globals['_TEZZERETSERVICE']._serialized_start=953
+  _globals['_TEZZERETSERVICE']._serialized_end=1215
 # @@protoc_insertion_point(module_scope)

@@ -156,7 +156,7 @@ class GetForgeResponse(_message.Message):
 
     @_builtins.property
     def limitations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why it cannot build the others, one sentence each."""
+        """Why it cannot build the others, one sentence each, at most 1 KiB."""
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[_forge_pb2.Worker]:

@@ -27,7 +27,7 @@ from esper.v1 import forge_pb2 as esper_dot_v1_dot_forge__pb2
 from esper.v1 import verdict_pb2 as esper_dot_v1_dot_verdict__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/v1/urabrask_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x14\x65sper/v1/forge.proto\x1a\x16\x65sper/v1/verdict.proto\"\x12\n\x10GetEngineRequest\"\x82\x02\n\x11GetEngineResponse\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x14.esper.v1.SigningKeyR\x03key\x12\x32\n\x10gauntlet_version\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x0fgauntletVersion\x12 \n\x06target\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06target\x12\x35\n\x07workers\x18\x04 \x03(\x0b\x32\x10.esper.v1.WorkerB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x07workers\x12\x1c\n\tvalidated\x18\x05 \x01(\x04R\tvalidated\x12\x1a\n\x08rejected\x18\x06 \x01(\x04R\x08rejected\"\x13\n\x11ListChecksRequest\"R\n\x12ListChecksResponse\x12<\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1a.esper.v1.CheckDescriptionB\x08\xbaH\x05\x92\x01\x02\x10@R\x06\x63hecks\"[\n\x10\x43heckDescription\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04name\x12*\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08R\x0b\x64\x65scription\"K\n\x14VerifyVerdictRequest\x12\x33\n\x07verdict\x18\x01 \x01(\x0b\x32\x11.esper.v1.VerdictB\x06\xbaH\x03\xc8\x01\x01R\x07verdict\"Q\n\x15VerifyVerdictResponse\x12\x14\n\x05valid\x18\x01 \x01(\x08R\x05valid\x12\"\n\x07reasons\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x10R\x07reasons\"\x16\n\x14WatchVerdictsRequest\"D\n\x15WatchVerdictsResponse\x12+\n\x07verdict\x18\x01 \x01(\x0b\x32\x11.esper.v1.VerdictR\x07verdict2\xda\x02\n\x0fUrabraskService\x12I\n\tGetEngine\x12\x1a.esper.v1.GetEngineRequest\x1a\x1b.esper.v1.GetEngineResponse\"\x03\x90\x02\x01\x12L\n\nListChecks\x12\x1b.esper.v1.ListChecksRequest\x1a\x1c.esper.v1.ListChecksResponse\"\x03\x90\x02\x01\x12U\n\rVerifyVerdict\x12\x1e.esper.v1.VerifyVerdictRequest\x1a\x1f.esper.v1.VerifyVerdictResponse\"\x03\x90\x02\x01\x12W\n\rWatchVerdicts\x12\x1e.esper.v1.WatchVerdictsRequest\x1a\x1f.esper.v1.WatchVerdictsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65sper/v1/urabrask_service.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x14\x65sper/v1/forge.proto\x1a\x16\x65sper/v1/verdict.proto\"\x12\n\x10GetEngineRequest\"\x82\x02\n\x11GetEngineResponse\x12&\n\x03key\x18\x01 \x01(\x0b\x32\x14.esper.v1.SigningKeyR\x03key\x12\x32\n\x10gauntlet_version\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x0fgauntletVersion\x12 \n\x06target\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x06target\x12\x35\n\x07workers\x18\x04 \x03(\x0b\x32\x10.esper.v1.WorkerB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x07workers\x12\x1c\n\tvalidated\x18\x05 \x01(\x04R\tvalidated\x12\x1a\n\x08rejected\x18\x06 \x01(\x04R\x08rejected\"\x13\n\x11ListChecksRequest\"R\n\x12ListChecksResponse\x12<\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1a.esper.v1.CheckDescriptionB\x08\xbaH\x05\x92\x01\x02\x10@R\x06\x63hecks\"[\n\x10\x43heckDescription\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x04name\x12*\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08R\x0b\x64\x65scription\"K\n\x14VerifyVerdictRequest\x12\x33\n\x07verdict\x18\x01 \x01(\x0b\x32\x11.esper.v1.VerdictB\x06\xbaH\x03\xc8\x01\x01R\x07verdict\"X\n\x15VerifyVerdictResponse\x12\x14\n\x05valid\x18\x01 \x01(\x08R\x05valid\x12)\n\x07reasons\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x10\"\x05r\x03\x18\x80\x08R\x07reasons\"\x16\n\x14WatchVerdictsRequest\"D\n\x15WatchVerdictsResponse\x12+\n\x07verdict\x18\x01 \x01(\x0b\x32\x11.esper.v1.VerdictR\x07verdict2\xda\x02\n\x0fUrabraskService\x12I\n\tGetEngine\x12\x1a.esper.v1.GetEngineRequest\x1a\x1b.esper.v1.GetEngineResponse\"\x03\x90\x02\x01\x12L\n\nListChecks\x12\x1b.esper.v1.ListChecksRequest\x1a\x1c.esper.v1.ListChecksResponse\"\x03\x90\x02\x01\x12U\n\rVerifyVerdict\x12\x1e.esper.v1.VerifyVerdictRequest\x1a\x1f.esper.v1.VerifyVerdictResponse\"\x03\x90\x02\x01\x12W\n\rWatchVerdicts\x12\x1e.esper.v1.WatchVerdictsRequest\x1a\x1f.esper.v1.WatchVerdictsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,7 +49,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYVERDICTREQUEST'].fields_by_name['verdict']._loaded_options = None
   _globals['_VERIFYVERDICTREQUEST'].fields_by_name['verdict']._serialized_options = b'\272H\003\310\001\001'
   _globals['_VERIFYVERDICTRESPONSE'].fields_by_name['reasons']._loaded_options = None
-  _globals['_VERIFYVERDICTRESPONSE'].fields_by_name['reasons']._serialized_options = b'\272H\005\222\001\002\020\020'
+  _globals['_VERIFYVERDICTRESPONSE'].fields_by_name['reasons']._serialized_options = b'\272H\014\222\001\t\020\020\"\005r\003\030\200\010'
   _globals['_URABRASKSERVICE'].methods_by_name['GetEngine']._loaded_options = None
   _globals['_URABRASKSERVICE'].methods_by_name['GetEngine']._serialized_options = b'\220\002\001'
   _globals['_URABRASKSERVICE'].methods_by_name['ListChecks']._loaded_options = None
@@ -71,11 +71,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYVERDICTREQUEST']._serialized_start=599
   _globals['_VERIFYVERDICTREQUEST']._serialized_end=674
   _globals['_VERIFYVERDICTRESPONSE']._serialized_start=676
-  _globals['_VERIFYVERDICTRESPONSE']._serialized_end=757
-  _globals['_WATCHVERDICTSREQUEST']._serialized_start=759
-  _globals['_WATCHVERDICTSREQUEST']._serialized_end=781
-  _globals['_WATCHVERDICTSRESPONSE']._serialized_start=783
-  _globals['_WATCHVERDICTSRESPONSE']._serialized_end=851
-  _globals['_URABRASKSERVICE']._serialized_start=854
-  _globals['_URABRASKSERVICE']._serialized_end=1200
+  _globals['_VERIFYVERDICTRESPONSE']._serialized_end=764
+  _globals['_WATCHVERDICTSREQUEST']._serialized_start=766
+  _globals['_WATCHVERDICTSREQUEST']._serialized_end=788
+  _globals['_WATCHVERDICTSRESPONSE']._serialized_start=790
+  _globals['_WATCHVERDICTSRESPONSE']._serialized_end=858
+  _globals['_URABRASKSERVICE']._serialized_start=861
+  _globals['_URABRASKSERVICE']._serialized_end=1207
 # @@protoc_insertion_point(module_scope)

@@ -186,7 +186,7 @@ class VerifyVerdictResponse(_message.Message):
     """True when the signature holds, the key is known and not revoked, and the fields agree with the signed statement."""
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why not, one sentence each."""
+        """Why not, one sentence each, at most 1 KiB."""
 
     def __init__(
         self,

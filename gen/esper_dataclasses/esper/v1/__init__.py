@@ -2155,7 +2155,8 @@ class Decision(betterproto2.Message):
 
     explanation: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
     """
-    Why, for people: one sentence with the numbers that decided; at most 512 bytes.
+    Why, for people: the numbers that decided, in one sentence; at most 512 bytes, usually less than 100. What else was
+    weighed is in the advice of the same boundary.
     """
 
 
@@ -2568,7 +2569,7 @@ class GetForgeResponse(betterproto2.Message):
 
     limitations: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
     """
-    Why it cannot build the others, one sentence each.
+    Why it cannot build the others, one sentence each, at most 1 KiB.
     """
 
     workers: "list[Worker]" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, repeated=True)
@@ -5059,7 +5060,7 @@ class TrainingState(betterproto2.Message):
 
     validation_accuracy: "float | None" = betterproto2.field(7, betterproto2.TYPE_DOUBLE, optional=True)
     """
-    Validation accuracy, 0 to 1; absent when not measured.
+    Validation accuracy as the loop reports it, for people: nothing is decided by it; absent when not measured.
     """
 
     learning_rate: "float | None" = betterproto2.field(8, betterproto2.TYPE_DOUBLE, optional=True)
@@ -5247,7 +5248,7 @@ class VerifyVerdictResponse(betterproto2.Message):
 
     reasons: "list[str]" = betterproto2.field(2, betterproto2.TYPE_STRING, repeated=True)
     """
-    Why not, one sentence each.
+    Why not, one sentence each, at most 1 KiB.
     """
 
 
