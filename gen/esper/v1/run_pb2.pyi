@@ -258,7 +258,7 @@ class RunProgress(_message.Message):
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:
-        """Time since the run's process started."""
+        """Wall time of training, resumes included; what came before the first step is not counted."""
 
     def __init__(
         self,
@@ -350,6 +350,7 @@ class RunResult(_message.Message):
     TRAINING_TIME_FIELD_NUMBER: _builtins.int
     KERNEL_IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    PREPARATION_TIME_FIELD_NUMBER: _builtins.int
     test_loss: _builtins.float
     """Loss on the test set."""
     test_accuracy: _builtins.float
@@ -366,11 +367,15 @@ class RunResult(_message.Message):
     """Digest of the final weights in the order of their names: equal runs have equal digests."""
     @_builtins.property
     def training_time(self) -> _duration_pb2.Duration:
-        """Wall time of training."""
+        """Wall time of training, resumes included, from the first step to the last."""
 
     @_builtins.property
     def kernel_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Digests of the kernels that were fossilized, "sha256:..." each."""
+
+    @_builtins.property
+    def preparation_time(self) -> _duration_pb2.Duration:
+        """Wall time before the first step, that of resumes included: loading data, building the network, waiting for kernels."""
 
     def __init__(
         self,
@@ -384,10 +389,11 @@ class RunResult(_message.Message):
         training_time: _duration_pb2.Duration | None = ...,
         kernel_ids: _abc.Iterable[_builtins.str] | None = ...,
         weights_digest: _builtins.str = ...,
+        preparation_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_test_accuracy", b"_test_accuracy", "test_accuracy", b"test_accuracy", "training_time", b"training_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_test_accuracy", b"_test_accuracy", "preparation_time", b"preparation_time", "test_accuracy", b"test_accuracy", "training_time", b"training_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_test_accuracy", b"_test_accuracy", "final_parameters", b"final_parameters", "host_parameters", b"host_parameters", "kernel_ids", b"kernel_ids", "test_accuracy", b"test_accuracy", "test_loss", b"test_loss", "training_flops", b"training_flops", "training_time", b"training_time", "validation_loss", b"validation_loss", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_test_accuracy", b"_test_accuracy", "final_parameters", b"final_parameters", "host_parameters", b"host_parameters", "kernel_ids", b"kernel_ids", "preparation_time", b"preparation_time", "test_accuracy", b"test_accuracy", "test_loss", b"test_loss", "training_flops", b"training_flops", "training_time", b"training_time", "validation_loss", b"validation_loss", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__test_accuracy: _TypeAlias = _typing.Literal["test_accuracy"]  # noqa: Y015
     _WhichOneofArgType__test_accuracy: _TypeAlias = _typing.Literal["_test_accuracy", b"_test_accuracy"]  # noqa: Y015

@@ -28,7 +28,8 @@ def print_run(console: Console, report: Mapping[str, Any], html_path: Path) -> N
     console.print(f"[bold]{escape(report['run_id'])}[/]  {report['recipe']}, {report['arm']}, seed {report['seed']}")
     console.print(f"  test        {_score(result)} on {report['data']['test']} samples never looked at before")
     console.print(f"  parameters  {_growth_of_size(result)}")
-    console.print(f"  training    {_flops(result['training_flops'])}, {_seconds(result['training_time_s'])}")
+    times = f"{_seconds(result['training_time_s'])}, prepared in {_seconds(result['preparation_time_s'])}"
+    console.print(f"  training    {_flops(result['training_flops'])}, {times}")
     if report["rollbacks"]:
         console.print(f"  rollbacks   {report['rollbacks']}, because a loss or gradient was not finite")
     console.print(f"  weights     {result['weights_digest']}")

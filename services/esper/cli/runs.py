@@ -110,7 +110,8 @@ def _print(state: State, run: Run) -> None:
         else:
             out.print(f"  test        loss {result.test_loss:.4f}")
         out.print(f"  parameters  {result.host_parameters} host, {result.final_parameters} at the end")
-        out.print(f"  training    {result.training_flops:.3g} FLOPs, {result.training_time.ToTimedelta()}")
+        times = f"{result.training_time.ToTimedelta()}, prepared in {result.preparation_time.ToTimedelta()}"
+        out.print(f"  training    {result.training_flops:.3g} FLOPs, {times}")
         for kernel in result.kernel_ids:
             out.print(f"  kernel      {kernel}", markup=False, soft_wrap=True)
         out.print(f"  weights     {result.weights_digest}", markup=False, soft_wrap=True)

@@ -110,6 +110,7 @@ def _result(result: Result) -> run_pb2.RunResult:
         training_time=_duration(result.training_time_s),
         kernel_ids=result.kernel_ids[:_MAX_SEEDS],
         weights_digest=result.weights_digest,
+        preparation_time=_duration(result.preparation_time_s),
     )
 
 

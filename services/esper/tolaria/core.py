@@ -130,7 +130,7 @@ class Progress:
     control_plane: bool
     """Whether the controller answered at the last boundary."""
     elapsed_s: float
-    """Seconds since the process started."""
+    """Seconds of training, resumes included; what came before it is not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +147,8 @@ class Result:
     training_time_s: float
     kernel_ids: tuple[str, ...]
     weights_digest: str
+    preparation_time_s: float = 0.0
+    """Wall time before the loop, resumes included; absent in results that were written before it was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

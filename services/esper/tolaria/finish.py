@@ -57,6 +57,7 @@ def finish(
         training_time_s=seconds,
         kernel_ids=tuple(sorted({attached.kernel_id for attached, _ in grown})),
         weights_digest=weights_digest(network.weights()),
+        preparation_time_s=trainer.preparation_s,
     )
     facts = {"data": {"digest": dataset.digest, **dataset.sizes}, "rollbacks": trainer.rollbacks}
     write_json(run_dir.path / "history.json", trainer.history)

@@ -75,7 +75,9 @@ class _Meter:
     flops: float = 0.0
     """Of the whole run."""
     seconds: float = 0.0
-    """Of earlier attempts."""
+    """Of training, in earlier attempts."""
+    preparation_s: float = 0.0
+    """Of everything before the loop, in all attempts."""
     rollbacks: int = 0
     rate_scale: float = 1.0
     """Product of the cuts of the rollbacks."""
@@ -118,13 +120,13 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._boundary_due = False
         self._meter = _Meter()
-        self._began = time.monotonic()
+        self._began: float | None = None
         self._reported = 0.0
         self._last_decision = ""
         self._control_plane = False
         self._sample = data.train_batch(0, 0)[0]
         self._cost: tuple[object, float] = (None, 0.0)
-        self._last_boundary = self.snapshot()
+        self._last_boundary: Snapshot | None = None
 
     @property
     def flops(self) -> float:
@@ -133,8 +135,13 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Wall time of training until now, all attempts."""
-        return self._meter.seconds + time.monotonic() - self._began
+        """Wall time of the loop until now, all attempts; what came before it is not in here."""
+        return self._meter.seconds + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    @property
+    def preparation_s(self) -> float:
+        """Wall time of everything before the loop (data, network, kernels), all attempts."""
+        return self._meter.preparation_s
 
     @property
     def rollbacks(self) -> int:
@@ -157,6 +164,7 @@ class Trainer:
                 "steps": meter.steps,
                 "flops": meter.flops,
                 "seconds": self.seconds,
+                "preparation_s": meter.preparation_s,
                 "rollbacks": meter.rollbacks,
                 "rate_scale": meter.rate_scale,
             },
@@ -182,15 +190,21 @@ class Trainer:
         self._boundary_due = state["boundary_due"]
         self._last_decision = state["last_decision"]
         self._meter = _Meter(**state["meter"])
-        self._began = time.monotonic()
         self._last_boundary = snapshot
 
-    def run(self) -> Outcome:
+    def run(self, preparation_s: float = 0.0) -> Outcome:
         """Train until the schedule ends or somebody asks to leave.
+
+        Args:
+            preparation_s: wall time that this attempt took to come here; told apart from that of training.
 
         Raises:
             Unstable: the host has a loss or gradient that is not finite.
         """
+        self._meter.preparation_s += preparation_s
+        self._began = time.monotonic()
+        if self._last_boundary is None:
+            self._last_boundary = self.snapshot()
         if self._boundary_due and not self._pass_boundary():
             return Outcome.WAITING
         if self.step == 0:
@@ -244,7 +258,9 @@ class Trainer:
     def _rolled_back(self) -> Snapshot:
         """The last boundary, with one rollback more on its account and a lower rate."""
         before = self._last_boundary
-        meter = dict(before.state["meter"])
+        assert before is not None
+        # The time is gone, whatever becomes of the steps that it was spent on.
+        meter = {**before.state["meter"], "seconds": self.seconds, "preparation_s": self.preparation_s}
         meter["rollbacks"] += 1
         meter["rate_scale"] *= self.config.guard.rate_cut
         return Snapshot(

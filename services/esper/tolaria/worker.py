@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -109,6 +110,7 @@ class Session:
         self._state = RunState.PREPARING
         self._mark = ProcessMark(pid=os.getpid(), started=psutil.Process().create_time())
         self._sequence = 0
+        self._began = 0.0
 
     def run(self) -> int:
         """Train and tell how it went; the exit status of the process."""
@@ -139,6 +141,7 @@ class Session:
         from esper.tolaria.checkpoints import CheckpointStore, CheckpointWriter
         from esper.tolaria.randomness import seed_everything
 
+        self._began = time.monotonic()
         config, spec = self.run_dir.config(), self.run_dir.record().spec
         self._say("loading data", RunState.PREPARING)
         prepare_torch(config.machine)
@@ -191,8 +194,9 @@ class Session:
                 self.desk.event("resumed", boundary=snapshot.boundary, step=snapshot.step)
             self._state = RunState.RUNNING
             try:
-                return trainer, trainer.run()
+                return trainer, trainer.run(time.monotonic() - self._began)
             except Unstable as fault:
+                self._began = time.monotonic()
                 network.close()
                 return trainer, self._roll_back(config, fault)
         except BaseException:

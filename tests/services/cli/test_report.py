@@ -45,6 +45,7 @@ RUN = {
         "final_parameters": 1286,
         "training_flops": 3.2e9,
         "training_time_s": 59.5,
+        "preparation_time_s": 12.0,
         "weights_digest": "sha256:cd",
     },
     "data": {"test": 450},
@@ -115,7 +116,7 @@ def test_a_run(console, tmp_path):
     for part in (
         "97.71 % (loss 0.1234) on 450 samples",
         "1050 of the host, 1286 at the end",
-        "3.2 GFLOP, 59.5 s",
+        "3.2 GFLOP, 59.5 s, prepared in 12.0 s",
         "rollbacks   1",
         "body (parallel)",
         "boundary 5 (step 80) to 9",

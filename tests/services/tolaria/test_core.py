@@ -67,6 +67,7 @@ RESULT = Result(
     training_time_s=30.0,
     kernel_ids=("sha256:" + "ab" * 32,),
     weights_digest="sha256:" + "cd" * 32,
+    preparation_time_s=90.5,
 )
 RECORD = RunRecord(id="digits-1", spec=RunSpec(recipe="digits"), create_time=NOW, update_time=NOW)
 STATUS = Status(attempt=1, state=RunState.RUNNING, update_time=NOW, progress=PROGRESS)
@@ -121,6 +122,7 @@ def test_a_run_on_the_wire_has_everything_and_cuts_texts_to_their_bounds():
     assert message.progress.last_decision.endswith("ä…")
     assert (12, 250_000_000) == (message.progress.elapsed.seconds, message.progress.elapsed.nanos)
     assert 1234 == message.result.final_parameters
+    assert (30, 90) == (message.result.training_time.seconds, message.result.preparation_time.seconds)
 
 
 class TestView:

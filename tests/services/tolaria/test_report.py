@@ -69,6 +69,7 @@ def write_run(folder: Path, arm: str, seed: int, accuracy: float, loss: float, *
         "final_parameters": 1280 if growth or arm == "static" else 1000,
         "training_flops": 3e9,
         "training_time_s": 12.5,
+        "preparation_time_s": 41.25,
         "kernel_ids": [s["kernel_id"] for s in growth],
         "weights_digest": "sha256:" + "cd" * 32,
         "data": {"digest": data, "train": 10, "validation": 5, "test": 5},
@@ -123,6 +124,7 @@ def test_the_page_of_a_run_stands_alone_and_tells_what_grew(tmp_path):
         "at least 0.0500",
         "1 of 1 seeds stayed",
         "97.00 %",
+        "41.2 s",
     ):
         assert expected in text
     assert "gain &lt;b&gt;0.12" in text

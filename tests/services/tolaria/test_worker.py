@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from esper.mesh.errors import Conflict
+from esper.tolaria import trainer, worker
 from esper.tolaria.checkpoints import CheckpointStore
 from esper.tolaria.core import Arm, RunState
+from esper.tolaria.growing import HostNetwork
 from esper.tolaria.networks import read_modules
 from esper.tolaria.rundir import Command, RunDir
 from esper.tolaria.worker import Launch, Session, main
@@ -111,7 +113,6 @@ class TestHost:
 
     def test_running_out_of_memory_is_told_in_one_sentence(self, make_run, monkeypatch):
         """FAILED, and the owner knows why."""
-        from esper.tolaria import trainer
 
         def exhausted(logits, targets):
             raise MemoryError
@@ -122,6 +123,55 @@ class TestHost:
         status = run_dir.status()
         assert status is not None
         assert "out of memory" in status.error
+
+
+class SlowClock:
+    """The clock of trainer and session; waiting for kernels takes an hour of it and no time of ours."""
+
+    HOUR_S = 3600.0
+
+    def __init__(self, monkeypatch) -> None:
+        self.waited_s = 0.0
+        monkeypatch.setattr(trainer, "time", self)
+        monkeypatch.setattr(worker, "time", self)
+        monkeypatch.setattr(HostNetwork, "prepare", lambda *_: self.wait())
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.waited_s
+
+    def wait(self) -> None:
+        self.waited_s += self.HOUR_S
+
+
+class TestTime:
+    def test_waiting_for_kernels_is_not_training(self, make_run, monkeypatch):
+        """Preparation has a figure of its own, and none of it is in the time of training or in the progress."""
+        clock, run_dir = SlowClock(monkeypatch), make_run()
+        assert Session(run_dir, Launch()).run() == 0
+        result = result_of(run_dir)
+        assert clock.HOUR_S < result["preparation_time_s"]
+        assert 0 < result["training_time_s"] < clock.HOUR_S
+        assert run_dir.status().progress.elapsed_s < clock.HOUR_S
+        assert json.loads((run_dir.path / "history.json").read_text())[-1]["seconds"] < clock.HOUR_S
+
+    def test_both_times_go_on_where_a_resume_goes_on(self, make_run, monkeypatch):
+        """What an attempt spent before its last checkpoint is in the figures of the run that it belongs to."""
+        clock, run_dir = SlowClock(monkeypatch), make_run()
+        session, honest = Session(run_dir, Launch()), trainer.loss_of
+
+        def slow(logits, targets):
+            clock.wait()
+            session.desk.ask("pause")
+            return honest(logits, targets)
+
+        with monkeypatch.context() as first:
+            first.setattr(trainer, "loss_of", slow)
+            session.run()
+        assert RunState.PAUSED is run_dir.status().state
+        Session(run_dir, Launch(attempt=2)).run()
+        result = result_of(run_dir)
+        assert 2 * clock.HOUR_S < result["preparation_time_s"] < 3 * clock.HOUR_S
+        assert clock.HOUR_S < result["training_time_s"] < 2 * clock.HOUR_S
 
 
 class TestPause:
@@ -161,8 +211,6 @@ class TestPause:
 class TestUnstable:
     def test_a_loss_that_is_not_finite_goes_back_and_cuts_the_rate(self, make_run, monkeypatch):
         """One bad step: back to the last boundary, half the rate, and the run succeeds."""
-        from esper.tolaria import trainer
-
         calls = {"n": 0}
         honest = trainer.loss_of
 
@@ -182,8 +230,6 @@ class TestUnstable:
 
     def test_a_run_that_stays_unstable_fails_and_says_what_to_change(self, make_run, monkeypatch):
         """Rollbacks are bounded."""
-        from esper.tolaria import trainer
-
         honest = trainer.loss_of
         monkeypatch.setattr(trainer, "loss_of", lambda logits, targets: honest(logits, targets) * torch.nan)
         run_dir = make_run(guard__max_rollbacks=2)

@@ -4246,7 +4246,7 @@ class RunProgress(betterproto2.Message):
         14, betterproto2.TYPE_MESSAGE, unwrap=lambda: __google__protobuf__.Duration, optional=True
     )
     """
-    Time since the run's process started.
+    Wall time of training, resumes included; what came before the first step is not counted.
     """
 
 
@@ -4293,7 +4293,7 @@ class RunResult(betterproto2.Message):
         7, betterproto2.TYPE_MESSAGE, unwrap=lambda: __google__protobuf__.Duration, optional=True
     )
     """
-    Wall time of training.
+    Wall time of training, resumes included, from the first step to the last.
     """
 
     kernel_ids: "list[str]" = betterproto2.field(8, betterproto2.TYPE_STRING, repeated=True)
@@ -4304,6 +4304,13 @@ class RunResult(betterproto2.Message):
     weights_digest: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
     """
     Digest of the final weights in the order of their names: equal runs have equal digests.
+    """
+
+    preparation_time: "datetime.timedelta | None" = betterproto2.field(
+        10, betterproto2.TYPE_MESSAGE, unwrap=lambda: __google__protobuf__.Duration, optional=True
+    )
+    """
+    Wall time before the first step, that of resumes included: loading data, building the network, waiting for kernels.
     """
 
 
