@@ -174,7 +174,7 @@ class Run(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
-        """Latest progress; absent before the first. Output only."""
+        """Latest progress; absent before there is any. Output only."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -229,9 +229,11 @@ class RunProgress(_message.Message):
     CONTROL_PLANE_FIELD_NUMBER: _builtins.int
     ELAPSED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Counts from 1 for each progress message of a run, resumes included."""
+    """Counts from 1 for each progress message of a run, resumes included; 0 before its process has said anything."""
     phase: _builtins.str
-    """What it is doing, like "loading data", "waiting for kernels 3/6", "training"; at most 128 bytes."""
+    """What it is doing, like "loading data", "waiting for kernels 3/6", "training"; for a run that waits in the queue what
+    for; at most 128 bytes.
+    """
     epoch: _builtins.float
     """Epochs done, in fractions."""
     epochs: _builtins.float

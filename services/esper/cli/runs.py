@@ -1,26 +1,24 @@
 """`esper runs`: training runs, past and present."""
 
-import time
 from typing import Annotated
 
-import grpc
 import typer
 from rich.markup import escape
 
 from esper.cli.connection import Mesh, connect
-from esper.cli.live import FINAL_STATES, Board, arm_name, state_name
-from esper.cli.state import ExitCode, State, as_document, command, state_of
-from esper.mesh.errors import Code, InvalidInput, Unavailable, from_rpc_error
+from esper.cli.following import exit_code, follow
+from esper.cli.live import Board, arm_name, state_name
+from esper.cli.state import State, as_document, command, state_of
+from esper.mesh.errors import InvalidInput
 from esper.v1 import tolaria_service_pb2
 from esper.v1.run_pb2 import Run, RunState
 from esper.v1.seed_pb2 import SeedStage
 
-__all__ = ["app", "exit_code", "follow"]
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for scripts.")]
 RunArgument = Annotated[str, typer.Argument(help="Id of the run, as 'esper runs list' shows it.")]
-_PATIENCE_S = 30.0
 
 
 @app.command("list", epilog="Example: esper runs list --state running --json")
@@ -117,38 +115,6 @@ def _print(state: State, run: Run) -> None:
         out.print(f"  weights     {result.weights_digest}", markup=False, soft_wrap=True)
 
 
-def follow(mesh: Mesh, run_id: str, board: Board) -> Run:
-    """Follow one run until it says nothing more.
-
-    A stream that ends before the run does is opened again, also when the mesh restarts: training goes on meanwhile.
-
-    Raises:
-        grpc.RpcError: the run does not exist.
-        Unavailable: MESH_UNREACHABLE, the mesh has been away for too long.
-    """
-    request = tolaria_service_pb2.WatchRunRequest(run_id=run_id)
-    away_since: float | None = None
-    while True:
-        try:
-            for response in mesh.tolaria.WatchRun(request):
-                away_since = None
-                board.update(response.run)
-                if response.run.state in FINAL_STATES:
-                    return response.run
-        except grpc.RpcError as error:
-            if from_rpc_error(error).code is not Code.UNAVAILABLE:
-                raise
-            now = time.monotonic()
-            away_since = now if away_since is None else away_since
-            if now - away_since > _PATIENCE_S:
-                raise Unavailable(
-                    f"no mesh has answered at {mesh.address} for {_PATIENCE_S:.0f} s: the run goes on without it; once "
-                    f"one is there again, follow it with: esper runs watch {run_id}",
-                    reason="MESH_UNREACHABLE",
-                ) from error
-            time.sleep(0.2)
-
-
 @app.command("watch", epilog="Example: esper runs watch digits-20261123-201500-k3f9")
 @command
 def watch(context: typer.Context, run_id: RunArgument, as_json: JsonOption = False) -> None:
@@ -166,12 +132,6 @@ def _follow_to_end(state: State, mesh: Mesh, run_id: str) -> None:
     else:
         _print(state, run)
     raise typer.Exit(exit_code(run))
-
-
-def exit_code(run: Run) -> int:
-    """0 for a run that succeeded or was paused, 1 for any other end."""
-    good = {RunState.RUN_STATE_SUCCEEDED, RunState.RUN_STATE_PAUSED}
-    return ExitCode.OK if run.state in good else ExitCode.FAILED
 
 
 @app.command("pause", epilog="Example: esper runs pause digits-20261123-201500-k3f9")

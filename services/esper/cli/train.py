@@ -1,15 +1,12 @@
 """`esper train`: start a run (or a comparison of runs), follow it, and end with a report."""
 
 import json
-import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import grpc
@@ -17,9 +14,9 @@ import typer
 
 from esper.cli.artifacts import fetch_all
 from esper.cli.connection import Mesh, connect
+from esper.cli.following import exit_code, follow, pause_all, terminated_like_interrupted
 from esper.cli.live import FINAL_STATES, Board, state_name
 from esper.cli.report import print_comparison, print_run
-from esper.cli.runs import exit_code, follow
 from esper.cli.state import ExitCode, State, command, state_of
 from esper.mesh.errors import InvalidInput, Unsupported, from_rpc_error
 from esper.v1 import tolaria_service_pb2
@@ -32,8 +29,6 @@ EXAMPLES = (
     "esper train cifar10 --data-dir cifar-10-batches-bin"
 )
 _REPORT_FILES = frozenset({"report.json", "report.html"})
-_PAUSE_LIMIT_S = 60.0
-_RETURN_LIMIT_S = 15.0
 
 
 @dataclass
@@ -47,6 +42,8 @@ class _Session:
     overrides: dict[str, Any]
     group: str = ""
     started: dict[str, Run] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)
+    """Grown run -> the static run that waits for it."""
 
     def start(self, *, seed: int, arm: Arm.ValueType, reference: str = "") -> str:
         """Ask for a run; where the mesh has no room for another one yet, wait for it. Gives its id."""
@@ -60,9 +57,12 @@ class _Session:
                 refusal = from_rpc_error(error)
                 if refusal.reason != "TOO_MANY_RUNS" or not self.started:
                     raise
+                self.release_twins()
                 time.sleep(refusal.retry_after_s or 1.0)
             else:
                 self.started[run.id] = run
+                if reference:
+                    self.twins[reference] = run.id
                 return run.id
 
     def follow(self, run_id: str) -> Run:
@@ -70,45 +70,18 @@ class _Session:
         self.started[run_id] = follow(self.mesh, run_id, self.board)
         return self.started[run_id]
 
-    def pause_all(self) -> None:
-        """Pause what still runs, wait until it has stopped, and say how to go on; a second call finds nothing to do."""
-        say = self.state.errors.print
-        asked = []
-        for run in list(self.started.values()):
-            if run.state in FINAL_STATES:
+    def release_twins(self) -> None:
+        """Pause static runs whose grown run has ended without success: it may be resumed, but not while we wait."""
+        for grown_id, static_id in list(self.twins.items()):
+            if self.started[grown_id].state not in FINAL_STATES - {RunState.RUN_STATE_SUCCEEDED}:
                 continue
-            request = tolaria_service_pb2.PauseRunRequest(run_id=run.id)
+            del self.twins[grown_id]
+            request = tolaria_service_pb2.PauseRunRequest(run_id=static_id)
             try:
-                # A mesh that has just come back is waited for; one that is gone is not waited for long.
-                self.mesh.tolaria.PauseRun(request, timeout=_RETURN_LIMIT_S, wait_for_ready=True)
-                asked.append(run.id)
-            except grpc.RpcError as error:  # it has just ended, or the mesh is gone: nothing to pause
-                say(f"{run.id} was not paused: {from_rpc_error(error).public}", markup=False, soft_wrap=True)
-        if asked:
-            say(f"pausing {len(asked)} run{'s' if len(asked) > 1 else ''} at the next step; Ctrl-C again does not wait")
-        for run_id in asked:
-            if self._has_stopped(run_id):
-                found = self.started[run_id]
-                say(
-                    f"{state_name(found)}; go on with: esper runs resume {run_id}"
-                    if found.state == RunState.RUN_STATE_PAUSED
-                    else f"{run_id} {state_name(found)}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-            else:
-                say(f"{run_id} has not paused yet; look with: esper runs show {run_id}", markup=False, soft_wrap=True)
-
-    def _has_stopped(self, run_id: str) -> bool:
-        deadline = time.monotonic() + _PAUSE_LIMIT_S
-        request = tolaria_service_pb2.GetRunRequest(run_id=run_id)
-        while time.monotonic() < deadline:
-            run = self.mesh.tolaria.GetRun(request, timeout=self.mesh.timeout).run
-            if run.state in FINAL_STATES:
-                self.started[run_id] = run
-                return True
-            time.sleep(0.1)
-        return False
+                self.mesh.tolaria.PauseRun(request, timeout=self.mesh.timeout, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if from_rpc_error(error).reason != "RUN_NOT_RUNNING":  # it has failed with its reference
+                    raise
 
 
 @command
@@ -138,35 +111,19 @@ def train(
     if data_dir is not None:
         overrides["data.dir"] = str(data_dir.absolute())
     board = Board(state.errors if state.json else state.console)
-    with _terminated_like_interrupted(), connect(state, start=True) as mesh:
+    with terminated_like_interrupted(), connect(state, start=True) as mesh:
         session = _Session(state, mesh, board, recipe, overrides)
         try:
             with board:
                 runs = _compare(session, range(seed, seed + seeds)) if compare else _single(session, seed)
         except KeyboardInterrupt:
-            session.pause_all()
+            pause_all(state, mesh, list(session.started.values()))
             raise
         ended = _tell_failures(state, runs)
         if ended == ExitCode.OK:
             folder = report_dir or state.settings.home / "reports" / (session.group or runs[0].id)
             _report(session, runs, folder)
     raise typer.Exit(ended)
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, and the end of the terminal, pause the runs as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _single(session: _Session, seed: int) -> list[Run]:
@@ -180,12 +137,16 @@ def _compare(session: _Session, seeds: Sequence[int]) -> list[Run]:
     try:
         # All are asked for at once, the grown ones first: the mesh lets the static twins wait for what grew.
         ids = [session.start(seed=seed, arm=ARM_GROWN) for seed in seeds]
-        followers = [pool.submit(session.follow, run_id) for run_id in ids]
-        for seed, run_id in zip(seeds, tuple(ids), strict=True):
+        grown = [pool.submit(session.follow, run_id) for run_id in ids]
+        others = []
+        for seed, run_id in zip(seeds, ids, strict=True):
             for arm, reference in ((ARM_HOST, ""), (ARM_STATIC, run_id)):
                 other = session.start(seed=seed, arm=arm, reference=reference)
-                followers.append(pool.submit(session.follow, other))
-        return [follower.result() for follower in followers]
+                others.append(pool.submit(session.follow, other))
+        for ended in as_completed(grown):
+            ended.result()
+            session.release_twins()
+        return [follower.result() for follower in (*grown, *others)]
     finally:
         # Not waited for: after an interrupt they end when the channel closes.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -196,7 +157,7 @@ def _tell_failures(state: State, runs: Sequence[Run]) -> int:
     unfinished = [run for run in runs if run.state != RunState.RUN_STATE_SUCCEEDED]
     for run in unfinished:
         state.errors.print(f"run {run.id} {state_name(run)}: {run.error}".rstrip(": "), markup=False, soft_wrap=True)
-        if run.state == RunState.RUN_STATE_PAUSED:
+        if run.state in {RunState.RUN_STATE_PAUSED, RunState.RUN_STATE_INTERRUPTED}:
             state.errors.print(f"go on with: esper runs resume {run.id}", markup=False, soft_wrap=True)
     return max((exit_code(run) for run in unfinished), default=ExitCode.OK) if unfinished else ExitCode.OK
 

@@ -22,6 +22,7 @@ from esper.kasmina.control import Stage
 from esper.mesh.errors import Corrupt
 
 __all__ = [
+    "NO_PROGRESS",
     "RESUMABLE",
     "SETTLED",
     "STOPPABLE",
@@ -131,6 +132,25 @@ class Progress:
     """Whether the controller answered at the last boundary."""
     elapsed_s: float
     """Seconds of training, resumes included; what came before it is not counted."""
+
+
+NO_PROGRESS = Progress(
+    sequence=0,
+    phase="",
+    epoch=0.0,
+    epochs=0.0,
+    step=0,
+    steps=0,
+    train_loss=None,
+    validation_loss=None,
+    validation_accuracy=None,
+    parameters=0,
+    seeds=(),
+    last_decision="",
+    control_plane=False,
+    elapsed_s=0.0,
+)
+"""Of a run whose process has not said anything yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -345,7 +345,7 @@ class Orchestrator:
             room -= 1
 
     def _reference_ready(self, record: RunRecord) -> bool:
-        """Whether a static run may start; it fails with its reference."""
+        """Whether a static run may start; it fails with its reference, and waits for one that can be resumed."""
         reference = self.store.view(record.spec.reference_run_id)
         if reference.state is RunState.SUCCEEDED:
             return True

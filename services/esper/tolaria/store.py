@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import secrets
 import string
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from esper.mesh.errors import EsperError, NotFound
 from esper.mesh.logging import get_logger
-from esper.tolaria.core import RunRecord, View, view
+from esper.tolaria.core import NO_PROGRESS, SETTLED, Arm, RunRecord, RunState, View, view
 from esper.tolaria.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -110,14 +111,27 @@ class RunStore:
         self._remember(record)
 
     def view(self, run_id: str) -> View:
-        """A run as a client sees it now."""
+        """A run as a client sees it now; the phase of one that no process works on yet says what it waits for."""
         record = self.record(run_id)
         try:
             status = RunDir(self.folder / run_id).status()
         except EsperError as error:
             _log.warning("status not readable", run_id=run_id, error=str(error))
             status = None
-        return view(record, status)
+        seen = view(record, status)
+        if seen.state is RunState.PREPARING and record.process is None:
+            waiting = replace(seen.progress or NO_PROGRESS, phase=self._waits_for(record))
+            seen = replace(seen, progress=waiting)
+        return seen
+
+    def _waits_for(self, record: RunRecord) -> str:
+        reference_id = record.spec.reference_run_id
+        if record.spec.arm is not Arm.STATIC or reference_id not in self._records:
+            return "waits for its turn"
+        state = self.view(reference_id).state
+        if state is RunState.SUCCEEDED:
+            return "waits for its turn"
+        return f"waits for run {reference_id}" + (f", which is {state.value}" if state in SETTLED else "")
 
     def page(
         self, *, size: int, before: tuple[datetime, str] | None, wanted: Callable[[View], bool]

@@ -22,7 +22,7 @@ import psutil
 
 from esper.mesh.errors import EsperError, InternalError
 from esper.mesh.logging import LoggingSettings, configure, get_logger, shutdown
-from esper.tolaria.core import ProcessMark, Progress, Result, RunState, Status
+from esper.tolaria.core import NO_PROGRESS, ProcessMark, Progress, Result, RunState, Status
 from esper.tolaria.desk import Desk
 from esper.tolaria.rundir import RunDir
 
@@ -249,7 +249,7 @@ class Session:
     def _say(self, phase: str, state: RunState) -> None:
         """Tell a phase in which no step is made."""
         self._state = state
-        self._take_progress(replace(self._progress or _NOTHING, phase=phase))
+        self._take_progress(replace(self._progress or NO_PROGRESS, phase=phase))
 
     def _take_progress(self, progress: Progress) -> None:
         """Number a progress, across trainers and phases without one, and pass it on."""
@@ -274,24 +274,6 @@ class _Rolled:
     """The host became unstable; go on from here."""
 
     snapshot: Snapshot
-
-
-_NOTHING = Progress(
-    sequence=0,
-    phase="",
-    epoch=0.0,
-    epochs=0.0,
-    step=0,
-    steps=0,
-    train_loss=None,
-    validation_loss=None,
-    validation_accuracy=None,
-    parameters=0,
-    seeds=(),
-    last_decision="",
-    control_plane=False,
-    elapsed_s=0.0,
-)
 
 
 def main(arguments: list[str]) -> int:

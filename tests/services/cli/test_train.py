@@ -128,8 +128,7 @@ def test_interrupted_paused_resumed_stopped(mesh_cli, running_mesh, client, espe
 
 def state_of_run(client, run_id):
     """The state as people write it."""
-    request = tolaria_service_pb2.GetRunRequest(run_id=run_id)
-    return state_name(client.tolaria.GetRun(request, timeout=5).run)
+    return state_name(run_of(client, run_id))
 
 
 def test_a_run_resumed_to_its_end(mesh_cli, client):
@@ -150,6 +149,39 @@ def test_a_run_resumed_to_its_end(mesh_cli, client):
     assert f"run {run_id} paused" in done.stderr
     assert run_id == json.loads(mesh_cli("runs", "resume", run_id, "--json").stdout)["id"]
     assert "succeeded" == state_of_run(client, run_id)
+
+
+def test_a_comparison_whose_grown_run_does_not_succeed(running_mesh, client, esper):
+    """The command ends once every run has: the static twin, which would wait for ever, pauses with its grown run."""
+    trainer = esper("--home", running_mesh.home, "train", "digits", "--compare", "--seeds", 1, *LONG)
+    static = trainer.line_with("waits for run").split()[0]
+    twin = run_of(client, static)
+    grown = twin.spec.reference_run_id
+    listing = tolaria_service_pb2.ListRunsRequest(group=twin.spec.group)
+    ids = {run.id for run in client.tolaria.ListRuns(listing, timeout=5).runs}
+    assert f"waits for run {grown}" == twin.progress.phase
+    (host,) = ids - {static, grown}
+    client.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=host), timeout=30)
+    client.tolaria.PauseRun(tolaria_service_pb2.PauseRunRequest(run_id=grown), timeout=5)
+    _, error = trainer.communicate(timeout=120)
+    assert 1 == trainer.returncode
+    assert f"run {host} stopped" in error
+    for run_id in (grown, static):
+        assert f"run {run_id} paused\ngo on with: esper runs resume {run_id}" in error
+    assert f"waits for run {grown}, which is paused" == resumed_phase(client, static)
+    for run_id in (static, grown):
+        client.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=run_id), timeout=30)
+
+
+def run_of(client, run_id):
+    """The run as it is now."""
+    return client.tolaria.GetRun(tolaria_service_pb2.GetRunRequest(run_id=run_id), timeout=5).run
+
+
+def resumed_phase(client, run_id):
+    """What a run does right after it was resumed."""
+    request = tolaria_service_pb2.ResumeRunRequest(run_id=run_id)
+    return client.tolaria.ResumeRun(request, timeout=5).run.progress.phase
 
 
 def test_what_a_user_does_wrong(mesh_cli, tmp_path):

@@ -219,6 +219,7 @@ async def test_the_queue_is_first_come_first_served_and_bounded(tmp_path):
         async with refused(LimitExceeded, "TOO_MANY_RUNS"):
             await client.start(spec(**ENDLESS))
         assert service.orchestrator.store.record(second.id).process is None
+        assert "waits for its turn" == (await client.get(second.id)).progress.phase
         assert (await client.pause(second.id)).state == RUN_STATE_PAUSED
         assert (await client.resume(second.id)).state == RUN_STATE_PREPARING
         assert (await client.resume(second.id)).state == RUN_STATE_PREPARING
@@ -235,7 +236,9 @@ async def test_a_static_run_waits_for_its_reference_and_fails_with_it(tmp_path):
         async with refused(Conflict, "REFERENCE_NOT_GROWN"):
             await client.start(spec(ARM_STATIC, reference=host.id, **ENDLESS))
         await client.until_step(host.id, 1)
-        assert (await client.get(static.id)).state == RUN_STATE_PREPARING
+        waiting = await client.get(static.id)
+        assert waiting.state == RUN_STATE_PREPARING
+        assert f"waits for run {grown.id}" == waiting.progress.phase
         await client.stop(grown.id)
         failed = (await client.settled(static.id))[-1]
         assert failed.state == RUN_STATE_FAILED

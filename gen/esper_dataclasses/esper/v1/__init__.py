@@ -4080,7 +4080,7 @@ class Run(betterproto2.Message):
 
     progress: "RunProgress | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True)
     """
-    Latest progress; absent before the first. Output only.
+    Latest progress; absent before there is any. Output only.
     """
 
     create_time: "datetime.datetime | None" = betterproto2.field(
@@ -4179,12 +4179,13 @@ class RunProgress(betterproto2.Message):
 
     sequence: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
     """
-    Counts from 1 for each progress message of a run, resumes included.
+    Counts from 1 for each progress message of a run, resumes included; 0 before its process has said anything.
     """
 
     phase: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    What it is doing, like "loading data", "waiting for kernels 3/6", "training"; at most 128 bytes.
+    What it is doing, like "loading data", "waiting for kernels 3/6", "training"; for a run that waits in the queue what
+    for; at most 128 bytes.
     """
 
     epoch: "float" = betterproto2.field(3, betterproto2.TYPE_DOUBLE)
