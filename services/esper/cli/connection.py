@@ -48,6 +48,8 @@ class Mesh:
     channel: grpc.Channel
     timeout: float = 30.0
     """Deadline of a unary call of a command, in seconds."""
+    own: bool = False
+    """Whether the command started it, and takes it along when it ends."""
 
     @cached_property
     def oona(self) -> OonaServiceStub:
@@ -109,7 +111,7 @@ def connect(state: State, *, start: bool = False) -> Iterator[Mesh]:
             reason="MESH_UNREACHABLE",
         )
     with embedded(state) as address, _channel(address, settings) as channel:
-        yield Mesh(address, channel)
+        yield Mesh(address, channel, own=True)
 
 
 @contextmanager

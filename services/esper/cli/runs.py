@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from esper.cli.connection import Mesh, connect
-from esper.cli.following import exit_code, follow
+from esper.cli.following import exit_code, follow, pause_all, terminated_like_interrupted
 from esper.cli.live import Board, arm_name, state_name
 from esper.cli.state import State, as_document, command, state_of
 from esper.mesh.errors import InvalidInput
@@ -159,14 +159,23 @@ def resume(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a paused, failed or interrupted run, and follow it; Ctrl-C stops the watching, and the run goes on."""
+    """Go on with a paused, failed or interrupted run, and follow it.
+
+    Ctrl-C stops the watching, and the run goes on; where this command had to start the mesh, which ends with it, Ctrl-C
+    pauses the run.
+    """
     state = state_of(context).with_json(as_json)
     request = tolaria_service_pb2.ResumeRunRequest(run_id=run_id)
     if boundary is not None:
         request.boundary = boundary
-    with connect(state, start=True) as mesh:
-        mesh.tolaria.ResumeRun(request, timeout=mesh.timeout)
-        _follow_to_end(state, mesh, run_id)
+    with terminated_like_interrupted(), connect(state, start=True) as mesh:
+        run = mesh.tolaria.ResumeRun(request, timeout=mesh.timeout).run
+        try:
+            _follow_to_end(state, mesh, run_id)
+        except KeyboardInterrupt:
+            if mesh.own:
+                pause_all(state, mesh, [run])
+            raise
 
 
 @app.command("stop", epilog="Example: esper runs stop digits-20261123-201500-k3f9")

@@ -29,9 +29,14 @@ def test_a_mesh_of_its_own_for_one_command(cli, tmp_path):
 
 
 def test_a_killed_command_takes_its_mesh_along(tmp_path, esper):
-    """`kill -9` of a command ends the mesh that it had started, and the workers of that."""
+    """`kill -9` of a command ends the mesh that it had started, and the workers of that.
+
+    The run outlives it; resumed by a command that starts a mesh for it, Ctrl-C does not leave it without a controller.
+    """
     home = tmp_path / "h"
-    follower = esper("--home", home, "train", "digits", "--set", "schedule.epochs=500")
+    settings = ("--set", "schedule.epochs=900", "--set", "control.prepare_wait_s=0")
+    follower = esper("--home", home, "train", "digits", *settings)
+    run_id = follower.line_with("grown").split()[0]
     mesh = psutil.Process(wait_for(lambda: find_running(home), "the start of the mesh").pid)
     training = wait_for(lambda: [p for p in mesh.children() if "tolaria" in " ".join(p.cmdline())], "the training")
     workers = [p for p in mesh.children(recursive=True) if p not in training]
@@ -42,6 +47,12 @@ def test_a_killed_command_takes_its_mesh_along(tmp_path, esper):
     finally:
         for process in training:  # it outlives every mesh, on purpose
             process.kill()
+    resumed = esper("--home", home, "runs", "resume", run_id)
+    resumed.line_with("running")
+    status, out, error = resumed.end(signal.SIGINT)
+    assert 130 == status
+    assert f"paused; go on with: esper runs resume {run_id}" in error
+    assert "Traceback" not in out + error
 
 
 def test_nothing_answers(cli, tmp_path):
