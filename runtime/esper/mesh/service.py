@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from esper.mesh.errors import InternalError
-from esper.mesh.identity import Role
+from esper.mesh.identity import Role, TokenIssuer
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -70,6 +70,9 @@ class ServiceContext:
     address: Callable[[str], str] = _no_address
     """Service name -> `host:port` where other processes (a training process, say) reach it; known once the server
     listens, so ask in `start` or later."""
+
+    issuer: TokenIssuer | None = None
+    """Signs tokens for processes that a service starts; None where they call as clients of this machine."""
 
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once, when the server drains: every long stream and background loop then ends by itself."""

@@ -87,7 +87,9 @@ class EmbeddedMesh:
         self._pools.append(pool)
         folder = home / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        context = ServiceContext(name=name, data_dir=folder, channel=pool.get, address=self._resolve, drain=drain)
+        context = ServiceContext(
+            name=name, data_dir=folder, channel=pool.get, address=self._resolve, issuer=issuer, drain=drain
+        )
         return await build_service(name, self._settings, context)
 
     async def stop(self) -> None:

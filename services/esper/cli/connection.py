@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +95,7 @@ def connect(state: State, *, start: bool = False) -> Iterator[Mesh]:
     """
     settings = state.settings
     if settings.mesh:
-        with _channel(settings.mesh, settings) as channel:
+        with _channel(settings.mesh, settings, ours=False) as channel:
             _check(channel, settings.mesh)
             yield Mesh(settings.mesh, channel)
         return
@@ -115,15 +115,31 @@ def connect(state: State, *, start: bool = False) -> Iterator[Mesh]:
 
 
 @contextmanager
-def _channel(address: str, settings: "CommandSettings") -> Iterator[grpc.Channel]:
+def _channel(address: str, settings: "CommandSettings", *, ours: bool = True) -> Iterator[grpc.Channel]:
+    """A channel to the mesh; `ours` is one that works on the home directory."""
     # Late: the chassis takes longer to import than `esper --help` should take to answer.
     from esper.mesh.channel import open_sync_channel
 
-    channel = open_sync_channel(address, options=settings.channel, token=None)
+    channel = open_sync_channel(address, options=settings.channel, token=_token(settings, ours=ours))
     try:
         yield channel
     finally:
         channel.close()
+
+
+def _token(settings: "CommandSettings", *, ours: bool) -> "Callable[[], str] | None":
+    """Who this command is to the mesh: a client, where it has the secret that the mesh knows clients by; else nobody.
+
+    That is the configured one, or what a mesh without one keeps on its home directory.
+    """
+    from esper.mesh.identity import Identity, Role, TokenIssuer, load_or_create_secret
+
+    secret = settings.auth.secret
+    if secret is None and ours and settings.auth.anonymous_role == "none" and (settings.home / "auth.key").exists():
+        secret = load_or_create_secret(settings.home)
+    if secret is None:
+        return None
+    return TokenIssuer(secret, ttl_s=settings.auth.token_ttl_s).source(Identity("esper-cli", Role.CLIENT))
 
 
 def _check(channel: grpc.Channel, address: str) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from esper.tolaria.core import ProcessMark
     from esper.tolaria.processes import Processes
     from esper.tolaria.store import RunStore
+    from esper.tolaria.tokens import TokenWriter
 
 __all__ = ["Limits", "Orchestrator"]
 
@@ -77,7 +78,7 @@ class Orchestrator:
         limits: bounds.
         clock: aware UTC time.
         mesh: gives the address that training processes find the mesh at; empty for none.
-        token: identity of training processes; empty for callers of this machine.
+        token: identity of training processes; None to let them call as clients of this machine.
         cache_dir: folder of the kernel cache that all runs share.
     """
 
@@ -89,7 +90,7 @@ class Orchestrator:
         limits: Limits,
         clock: Callable[[], datetime],
         mesh: Callable[[], str],
-        token: str,
+        token: TokenWriter | None,
         cache_dir: Path,
     ) -> None:
         self.store = store
@@ -270,7 +271,9 @@ class Orchestrator:
 
     @_alone
     def look(self) -> None:
-        """Notice what changed, mark processes that are gone, start what may start."""
+        """Notice what changed, mark processes that are gone, start what may start; renew what they call with."""
+        if self._token is not None:
+            self._token.renew()
         running = 0
         for record in self.store.records():
             if record.id in self._quiet:
@@ -367,7 +370,7 @@ class Orchestrator:
         launch = Launch(
             attempt=record.attempt,
             mesh=mesh,
-            token=self._token,
+            token_file="" if self._token is None else str(self._token.path.absolute()),
             cache_dir=str(self._cache_dir),
             resume_boundary=record.resume_boundary,
         )

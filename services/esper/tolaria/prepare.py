@@ -72,7 +72,7 @@ def prepare(
     hello: RunHello,
     *,
     mesh: str,
-    token: str,
+    token: Callable[[], str] | None,
     wait_s: float,
     say: Callable[[str], None],
     leave: Callable[[], bool],
@@ -82,7 +82,7 @@ def prepare(
     Args:
         hello: the run as it will introduce itself.
         mesh: ``host:port`` of the controller.
-        token: identity to call with; empty for none.
+        token: gives the identity to call with; None for none.
         wait_s: longest wait; 0 asks once and goes on.
         say: takes the phase, for progress.
         leave: true when the run was asked to pause or stop.
@@ -92,7 +92,7 @@ def prepare(
     deadline = time.monotonic() + wait_s
     last = Prepared((), 0, 0, reached=False)
     request = pb.PrepareRunRequest(hello=run_hello_to_proto(hello))
-    with open_sync_channel(mesh, token=token or None) as channel:
+    with open_sync_channel(mesh, token=token) as channel:
         stub = TamiyoServiceStub(channel)
         while True:
             try:

@@ -228,7 +228,7 @@ class SeededNetwork(Network):
         prepared = prepare(
             self.growth.hello(),
             mesh=self._launch.mesh,
-            token=self._launch.token,
+            token=self._launch.token(),
             wait_s=self.config.control.prepare_wait_s,
             say=say,
             leave=leave,

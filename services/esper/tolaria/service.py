@@ -6,20 +6,22 @@ import asyncio
 from typing import Annotated, Any
 
 import grpc.aio  # noqa: TC002  # the floor plan's signatures are evaluated by type checkers of callers
-from pydantic import Field, SecretStr
+from pydantic import Field
 
-from esper.mesh.identity import Role
+from esper.mesh.identity import Identity, Role
 from esper.mesh.service import ANYONE_KNOWN, Service, ServiceContext, allow
 from esper.mesh.settings import Section
 from esper.tolaria.orchestrator import Limits, Orchestrator
 from esper.tolaria.processes import Processes
 from esper.tolaria.servicer import TolariaServicer
 from esper.tolaria.store import RunStore
+from esper.tolaria.tokens import TokenWriter
 from esper.v1.tolaria_service_pb2_grpc import add_TolariaServiceServicer_to_server
 
 __all__ = ["Config", "TolariaService", "build"]
 
 _NAME = "esper.v1.TolariaService"
+_TRAINER = Identity("trainer", Role.CLIENT)
 _MAY_TRAIN = frozenset({Role.CLIENT, Role.OPERATOR, Role.TOLARIA})
 
 
@@ -34,10 +36,6 @@ class Config(Section):
 
     stop_grace_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     """Seconds that a process gets to save itself after StopRun, before it is killed."""
-
-    trainer_token: SecretStr | None = None
-    """Identity token that training processes call the mesh with. Without one they call as clients of this machine,
-    which needs `auth.anonymous_role = "client"`."""
 
 
 class TolariaService(Service):
@@ -90,6 +88,11 @@ class TolariaService(Service):
 async def build(config: Config, context: ServiceContext) -> TolariaService:
     """Build the service over ``runs/`` and ``kernels/`` of its data directory."""
     processes = Processes()
+    token = None
+    if context.issuer is not None:
+        token = TokenWriter(context.data_dir / "trainer.token", context.issuer.source(_TRAINER))
+        # Before anybody listens: processes of an earlier service call with what they find there.
+        await asyncio.to_thread(token.renew)
     orchestrator = Orchestrator(
         await asyncio.to_thread(RunStore, context.data_dir / "runs"),
         processes,
@@ -98,7 +101,7 @@ async def build(config: Config, context: ServiceContext) -> TolariaService:
         ),
         clock=context.clock,
         mesh=lambda: context.address("tamiyo"),
-        token=config.trainer_token.get_secret_value() if config.trainer_token else "",
+        token=token,
         cache_dir=context.data_dir / "kernels",
     )
     return TolariaService(orchestrator, processes, context)

@@ -1,8 +1,7 @@
 """The training process: ``python -m esper.tolaria.worker RUN_DIR``, started by the service in a session of its own.
 
-Launch parameters (attempt, address and token of the mesh) come as one line of JSON on standard input, so that a secret
-stands in no argument list and on no disk. The process talks to the service through the run's folder alone, outlives it,
-and is found again by the next one.
+Launch parameters (attempt, address of the mesh) come as one line of JSON on standard input. The process talks to the
+service through the run's folder alone, outlives it, and is found again by the next one.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from esper.mesh.logging import LoggingSettings, configure, get_logger, shutdown
 from esper.tolaria.core import NO_PROGRESS, ProcessMark, Progress, Result, RunState, Status
 from esper.tolaria.desk import Desk
 from esper.tolaria.rundir import RunDir
+from esper.tolaria.tokens import TokenReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,8 @@ class Launch:
     """Number of this attempt at the run."""
     mesh: str = ""
     """``host:port`` of the mesh; empty to train without one."""
-    token: str = ""
-    """Identity to call with; empty calls as a client of this machine."""
+    token_file: str = ""
+    """File with the token to call with, which the service keeps fresh; empty calls as a client of this machine."""
     cache_dir: str = ""
     """Folder of the kernel cache that all runs share; empty keeps kernels in memory only."""
     resume_boundary: int | None = None
@@ -63,6 +63,10 @@ class Launch:
     def from_line(cls, line: str) -> Launch:
         """Read the line that the service writes; nothing at all means the defaults."""
         return cls(**json.loads(line)) if line.strip() else cls()
+
+    def token(self) -> TokenReader | None:
+        """Gives the token to call with; None to call without one."""
+        return TokenReader(Path(self.token_file)) if self.token_file else None
 
     def line(self) -> str:
         """What `from_line` reads."""
@@ -87,7 +91,7 @@ def connect_mesh(launch: Launch) -> ControlPlane | None:
     from esper.kasmina.link import MeshLink
 
     cache_dir = Path(launch.cache_dir) if launch.cache_dir else None
-    return MeshLink(launch.mesh, token=launch.token or None, cache_dir=cache_dir)
+    return MeshLink(launch.mesh, token=launch.token(), cache_dir=cache_dir)
 
 
 class Session:

@@ -184,6 +184,21 @@ def resumed_phase(client, run_id):
     return client.tolaria.ResumeRun(request, timeout=5).run.progress.phase
 
 
+def test_a_mesh_that_asks_for_tokens(cli, tmp_path, esper):
+    """Commands on its home, or with its secret, are clients; so are training processes; nobody else is let in."""
+    strict = tmp_path / "strict.toml"
+    strict.write_text('schema_version = 1\n[auth]\nanonymous_role = "none"\n', encoding="utf-8")
+    address = esper("--config", strict, "--home", tmp_path / "h", "up", "--port", 0, "--json").ready()["address"]
+    asked = ("--set", "control.advise_deadline_s=60", "--set", "artifacts.export=false")
+    cli("--config", strict, "--home", tmp_path / "h", "train", "digits", *QUICK, *asked)
+    (history,) = (tmp_path / "h" / "tolaria" / "runs").glob("*/history.json")
+    assert [True] == [entry["control_plane"] for entry in json.loads(history.read_text(encoding="utf-8"))]
+    assert "valid identity token" in cli("--mesh", address, "runs", "list", code=5).stderr
+    secret = (tmp_path / "h" / "auth.key").read_text(encoding="utf-8")
+    strict.write_text(f'schema_version = 1\n[auth]\nsecret = "{secret}"\n', encoding="utf-8")
+    assert "succeeded" in cli("--config", strict, "--mesh", address, "runs", "list").stdout
+
+
 def test_what_a_user_does_wrong(mesh_cli, tmp_path):
     """A wrong recipe, path or value, and missing data, each name the thing and what was expected."""
     assert "expected one of cifar10, digits, stdlib-lm" in mesh_cli("train", "digit", code=3).stderr

@@ -81,7 +81,7 @@ def mesh():
 def ask(address: str, wait_s: float = 20.0, leave=lambda: False):
     """Prepare, and what was said meanwhile."""
     said: list[str] = []
-    return prepare(HELLO, mesh=address, token="", wait_s=wait_s, say=said.append, leave=leave), said
+    return prepare(HELLO, mesh=address, token=None, wait_s=wait_s, say=said.append, leave=leave), said
 
 
 def test_it_waits_until_nothing_is_pending_and_tells_how_far(mesh):
