@@ -20,7 +20,7 @@ __all__ = [
     "Tolerance",
 ]
 
-GAUNTLET_VERSION = "1"
+GAUNTLET_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ CHECKS: tuple[CheckSpec, ...] = (
     CheckSpec(
         "bundle.integrity",
         "The bytes have the digest that names the kernel; every member is stored, listed and has its listed digest; "
-        "none leaves its folder or holds a pickle.",
+        "the archives of torch among them hold what builds write and nothing else, so that reading them runs nothing.",
     ),
     CheckSpec(
         "bundle.manifest",

@@ -19,7 +19,7 @@ from esper.kasmina.kernels import (
     load_kernel,
     unpack,
 )
-from esper.kasmina.kernels.bundle import pack
+from esper.kasmina.kernels.bundle import pack, write_zip
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.errors import Code
 
@@ -88,7 +88,7 @@ def test_nothing_is_loaded_before_everything_is_verified(portable_bundle, judge,
         load_kernel(broken, None, trust, kernel_id, VECTOR)
     with pytest.raises(KernelUnfit):
         load_kernel(broken, judge(broken), trust, kernel_id, Signature(Layout.VECTOR, 1, 1))
-    with pytest.raises(KernelCorrupt, match="torch cannot load it"):
+    with pytest.raises(KernelCorrupt, match="it is no archive of torch"):
         load_kernel(broken, judge(broken), trust, kernel_id, VECTOR)
 
 
@@ -142,7 +142,10 @@ def test_native_code_that_cannot_be_loaded_is_a_refusal(portable_bundle):
 
 
 def repacked_standard(bundle, *, target):
-    """The bundle as if it had compiled members, which are garbage."""
+    """The bundle as if it had compiled members, whose libraries are garbage."""
     opened = unpack(bundle)
-    members = opened.members | {"forward.aoti.pt2": b"\x7fELF forward", "backward.aoti.pt2": b"\x7fELF backward"}
+    package = write_zip(
+        {"kernel/archive_format": b"pt2", "kernel/data/aotinductor/model/c.wrapper.so": b"\x7fELF garbage"}
+    )
+    members = opened.members | {"forward.aoti.pt2": package, "backward.aoti.pt2": package}
     return pack(replace(opened.manifest, tier=Tier.STANDARD, target=target), members)

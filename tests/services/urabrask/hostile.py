@@ -12,7 +12,7 @@ from esper.kasmina.blueprints.ir import Birth
 from esper.kasmina.blueprints.module import BlueprintModule, initial_parameters
 from esper.kasmina.kernels.build import build
 from esper.kasmina.kernels.bundle import PARAMETERS, PORTABLE, Tier, kernel_id_of, pack, unpack, write_zip
-from esper.kasmina.kernels.tracing import example_input, quiet
+from esper.kasmina.kernels.tracing import anonymous, example_input, quiet
 from esper.kasmina.signature import Layout, Signature
 
 VECTOR = Signature(Layout.VECTOR, 8, 6)
@@ -50,7 +50,7 @@ def twisted(twist, name="bottleneck_mlp", signature=VECTOR, *, dynamic=True, bir
     with quiet():
         program = torch.export.export(_Twisted(plan, twist), (x, *held), dynamic_shapes=shapes)
         program.example_inputs = None
-        torch.export.save(program, buffer)
+        torch.export.save(anonymous(program), buffer)
     return pack(opened.manifest, {**opened.members, PORTABLE: buffer.getvalue()})
 
 
@@ -79,9 +79,8 @@ def with_entry(data, name, content):
 
 
 def endless(delta, x, parameters):
-    """A loop whose condition always holds."""
-    (turned,) = torch.while_loop(lambda v: v.sum().isfinite() | v.sum().isnan(), lambda v: (v * 1.0,), (delta * 0.5,))
-    return turned
+    """A sum over more terms than anybody can wait for, all of which lie in the same four bytes."""
+    return delta + x.new_ones(()).expand(1 << 60).sum() * 0
 
 
 def greedy(delta, x, parameters):

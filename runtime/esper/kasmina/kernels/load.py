@@ -1,7 +1,7 @@
 """Loads a kernel: only one that is what it claims to be, that a trusted gauntlet validated, and that fits its place.
 
-The order is the point: digest, signature, verdict, manifest, shape; and only then is the first byte of torch or native
-code touched. Every refusal is a `KernelRejected` that lists its reasons::
+The order is the point: digest, signature, verdict, manifest, shape, form of the archives; and only then is the first
+byte of torch or native code touched. Every refusal is a `KernelRejected` that lists its reasons::
 
     kernel = load_kernel(bundle, verdict, trust, expected_id, site.signature)
     module = kernel.instantiate()
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
+from esper.kasmina.kernels.archives import UnsoundArchive, sound_archive
 from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PARAMETERS, PORTABLE, Tier, kernel_id_of, unpack
 from esper.kasmina.kernels.kernel import Kernel
 from esper.kasmina.kernels.rejection import KernelCorrupt, KernelUnfit
@@ -27,7 +28,7 @@ from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -97,15 +98,16 @@ def _load(bundle: bytes, kernel_id: str, signature: Signature | None, target: Ta
     if signature is not None and manifest.signature != signature:
         raise KernelUnfit(kernel_id, [f"its signature is {manifest.signature}, and {signature} is wanted"])
     plan = _plan(opened, kernel_id)
+    here = Target.here() if target is None else target
+    archives = _archives(opened, kernel_id, here)
     parameters = safetensors.torch.load(opened.members[PARAMETERS])
     found = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in parameters.items()}
     if found != {spec.name: (spec.shape, spec.dtype) for spec in manifest.parameters}:
         raise KernelCorrupt(kernel_id, ["its initial parameters are not those that the manifest lists"])
-    here = Target.here() if target is None else target
     try:
         with _loading:
-            portable = _portable(opened.members[PORTABLE])
-            compiled = _compiled(opened) if _compiled_here(manifest, kernel_id, here) else None
+            portable = _portable(archives.pop(PORTABLE))
+            compiled = _compiled(archives) if archives else None
     except Exception as error:  # torch raises all kinds; to the caller it is one refusal
         raise KernelCorrupt(kernel_id, [f"torch cannot load it: {type(error).__name__}: {error!s:.300}"]) from error
     return Kernel(
@@ -138,6 +140,15 @@ def _plan(opened: Bundle, kernel_id: str) -> Plan:
     return plan
 
 
+def _archives(opened: Bundle, kernel_id: str, here: Target) -> dict[str, bytes]:
+    """The archives that torch is to read, looked through: the graph, and the compiled packages where they can run."""
+    compiled = (FORWARD, BACKWARD) if _compiled_here(opened.manifest, kernel_id, here) else ()
+    try:
+        return {name: sound_archive(name, opened.members[name]) for name in (PORTABLE, *compiled)}
+    except UnsoundArchive as error:
+        raise KernelCorrupt(kernel_id, [str(error)]) from error
+
+
 def _compiled_here(manifest: Manifest, kernel_id: str, here: Target) -> bool:
     if manifest.tier is Tier.PORTABLE or manifest.target == str(here):
         return manifest.tier is not Tier.PORTABLE
@@ -158,14 +169,14 @@ def _portable(data: bytes) -> Callable[..., Tensor]:
         return program.module(check_guards=False)
 
 
-def _compiled(opened: Bundle) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+def _compiled(archives: Mapping[str, bytes]) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     from torch import _inductor
 
     with tempfile.TemporaryDirectory(prefix="esper-kernel-") as folder, quiet():
         loaded = []
         for name in (FORWARD, BACKWARD):
             path = Path(folder, name)
-            path.write_bytes(opened.members[name])
+            path.write_bytes(archives[name])
             # The loader keeps a copy of its own, which lives as long as the functions.
             loaded.append(_inductor.aoti_load_package(str(path)))
     return loaded[0], loaded[1]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina.blueprints.plan import Plan
 
-__all__ = ["example_input", "export_backward", "export_forward", "quiet"]
+__all__ = ["anonymous", "example_input", "export_backward", "export_forward", "quiet"]
 
 # The batch is traced at a prime, the other extents at others: torch takes equal sizes for one size and would make the
 # kernel static. They are small, because example tensors of wide modules are held in memory while tracing.
@@ -93,7 +93,7 @@ def export_forward(plan: Plan, device: str = "cpu") -> ExportedProgram:
     static = (None,) * len(held)
     with quiet():
         program = torch.export.export(_Forward(plan), (x, *held), dynamic_shapes=(_free(plan), static))
-    return _anonymous(program)
+    return anonymous(program)
 
 
 def export_backward(plan: Plan, device: str = "cpu") -> ExportedProgram:
@@ -115,7 +115,7 @@ def export_backward(plan: Plan, device: str = "cpu") -> ExportedProgram:
         return torch.export.export(_Traced(graph), (grad, x, *held), dynamic_shapes=(free, free, static))
 
 
-def _anonymous(program: ExportedProgram) -> ExportedProgram:
+def anonymous(program: ExportedProgram) -> ExportedProgram:
     """Drop stack traces: they name files of the building machine and would make equal kernels differ."""
     for graph_node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):

@@ -1,13 +1,10 @@
 """bundle.*: the bytes are the kernel that the library was told of, and hold data only."""
 
-import io
-import pickletools
-import zipfile
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
-from esper.kasmina.kernels.bundle import Bundle, Manifest, Tier, kernel_id_of, unpack
+from esper.kasmina.kernels.archives import UnsoundArchive, sound_archive
+from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PORTABLE, Bundle, Manifest, Tier, kernel_id_of, unpack
 from esper.kasmina.kernels.load import load_candidate
 from esper.kasmina.kernels.rejection import KernelRejected
 from esper.kasmina.kernels.target import Target
@@ -15,18 +12,13 @@ from esper.urabrask.gauntlet.subject import Refuted, Subject
 
 __all__ = ["Elsewhere", "integrity", "load", "manifest"]
 
-MAX_INNER_BYTES = 1 << 30
-"""Bytes that the archives inside a bundle may hold unpacked."""
-_ARCHIVES = (".pt2",)
-_PICKLE_PROTOCOLS = tuple(bytes((0x80, version)) for version in range(2, 6))
-
 
 class Elsewhere(Exception):
     """The kernel was compiled for another machine: no judgement is possible here."""
 
 
 def integrity(data: bytes, kernel_id: str) -> Bundle:
-    """Digest, members, and what the archives among them hold.
+    """Digest, members, and the form of the archives among them.
 
     Raises:
         Refuted: with every reason found.
@@ -36,46 +28,13 @@ def integrity(data: bytes, kernel_id: str) -> Bundle:
         raise Refuted(f"expected bytes with the digest {kernel_id}, found {found}")
     try:
         opened = unpack(data)
+        for name in {PORTABLE, FORWARD, BACKWARD} & set(opened.members):
+            sound_archive(name, opened.members[name])
     except KernelRejected as error:
         raise Refuted("; ".join(error.reasons)) from error
-    reasons = [
-        f"{name}: {reason}"
-        for name, content in opened.members.items()
-        if name.endswith(_ARCHIVES)
-        for reason in _archive(content)
-    ]
-    if reasons:
-        raise Refuted("; ".join(reasons[:8]))
+    except UnsoundArchive as error:
+        raise Refuted(str(error)) from error
     return opened
-
-
-def _archive(content: bytes) -> list[str]:
-    """What is wrong with an archive of torch: paths that leave it, pickles, more than it may hold."""
-    reasons, total = [], 0
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for entry in archive.infolist():
-                path = PurePosixPath(entry.filename)
-                if path.is_absolute() or ".." in path.parts or "\\" in entry.filename:
-                    reasons.append(f"entry {entry.filename!r:.80} leaves its folder")
-                total += entry.file_size
-                if total > MAX_INNER_BYTES:
-                    return [*reasons, f"expected at most {MAX_INNER_BYTES} bytes inside, found more"]
-                if path.suffix in {".pkl", ".pickle"} or _is_pickle(archive.read(entry)):
-                    reasons.append(f"entry {entry.filename!r:.80} is a pickle")
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        reasons.append(f"it is no archive: {error!s:.120}")
-    return reasons
-
-
-def _is_pickle(data: bytes) -> bool:
-    """Whether bytes begin like a pickle and parse as one to its end; native code merely begins like one, by chance."""
-    if data[:2] not in _PICKLE_PROTOCOLS:
-        return False
-    try:
-        return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(data))
-    except Exception:  # noqa: BLE001  # pickletools raises all kinds on bytes that are no pickle
-        return False
 
 
 def manifest(opened: Bundle, told: Mapping[str, Any], here: Target) -> str:
