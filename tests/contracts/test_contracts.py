@@ -79,7 +79,7 @@ _NUMBERS = {"int32", "int64", "uint32", "uint64", "double", "float"}
 
 
 def _promises() -> list[tuple[FieldDescriptor, str]]:
-    """Numbers whose comment names a range, with it. Of lists only ranges of items: how many there are is `max_items`."""
+    """Numbers whose comment names a range, with it. Of lists only ranges of items: their number is `max_items`."""
     by_name = {descriptor.name: descriptor for descriptor in MESSAGES}
     found = []
     for file in sorted(PROTO.glob("*.proto")):
@@ -104,6 +104,14 @@ def test_a_range_in_prose_is_a_rule(field, said):
     assert kind in _NUMBERS, f"the comment says {said}"
     demanded = getattr(rules, kind)
     assert demanded.WhichOneof("less_than") or demanded.WhichOneof("greater_than"), f"the comment says {said}"
+
+
+def test_a_request_id_is_demanded():
+    """Calls that carry one are repeated by clients on their own account: without it each repetition would count."""
+    carrying = [descriptor for descriptor in MESSAGES if "request_id" in descriptor.fields_by_name]
+    assert [] != carrying
+    for descriptor in carrying:
+        assert _rules(descriptor.fields_by_name["request_id"]).string.min_len >= 1
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [float("nan"), 1.0], []])
