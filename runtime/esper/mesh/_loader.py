@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ SCHEMA_VERSION = 1
 ENV_PREFIX = "ESPER_"
 FILE_VARIABLE = "ESPER_CONFIG"
 FILE_NAME = "esper.toml"
-MASK = "**********"
 _DELIMITER = "__"
 
 
@@ -31,47 +29,6 @@ class ConfigError(InvalidInput):
     """The configuration cannot be used; the text lists every fault with its key and origin."""
 
     default_reason = "CONFIG_INVALID"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One key that differs between the loaded file and the file on disk."""
-
-    key: str
-    """Dotted path: `oona.max_batch`."""
-
-    loaded: str | None
-    """Value in the file as it was loaded, as TOML-like text; None when it was absent. Secrets are masked."""
-
-    on_disk: str | None
-    """Value in the file as it is now; None when it is absent. Secrets are masked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """How the file on disk differs from the one that this process loaded."""
-
-    changes: tuple[Change, ...] = ()
-    """Keys that differ. Empty with `changed` set means that only comments or layout differ."""
-
-    changed: bool = False
-    """Whether the bytes of the file differ."""
-
-    problem: str | None = None
-    """Why the file on disk cannot be compared (gone, unreadable, not TOML); None when it can."""
-
-    def __bool__(self) -> bool:
-        """Whether a restart would see another configuration, or none."""
-        return bool(self.changes) or self.problem is not None
-
-    def __str__(self) -> str:
-        if self.problem is not None:
-            return self.problem
-        if not self.changes:
-            return "no drift" + (" (only comments or layout differ)" if self.changed else "")
-        return "\n".join(
-            f"{c.key}: loaded {c.loaded or 'nothing'}, on disk {c.on_disk or 'nothing'}" for c in self.changes
-        )
 
 
 @dataclass(frozen=True)
@@ -90,28 +47,8 @@ class Loaded(Generic[T]):
     origins: Mapping[str, str]
     """Dotted key -> `environment` or `file`; keys that are missing here are defaults."""
 
-    _raw: Mapping[str, Any] = field(repr=False)
-    """The parsed file, for the drift report; out of `repr`, because it may hold secrets in clear."""
-
-    def drift(self) -> Drift:
-        """Compare the file on disk with the one that was loaded."""
-        if self.file is None:
-            return Drift()
-        try:
-            data = self.file.read_bytes()
-            now = tomllib.loads(data.decode())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            return Drift(changed=True, problem=f"{self.file} was loaded, but now: {_cause(error)}")
-        if _digest(data) == self.digest:
-            return Drift()
-        before, after = dict(_leaves({"schema_version": SCHEMA_VERSION, **self._raw})), dict(_leaves(now))
-        secrets = secret_keys(type(self.value))
-        changes = tuple(
-            Change(key, _show(before, key, secrets), _show(after, key, secrets))
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key)
-        )
-        return Drift(changes=changes, changed=True)
+    in_file: Mapping[str, Any] = field(repr=False)
+    """Dotted key -> value, as the file has it, whatever overrides it; out of `repr`: secrets stand in clear."""
 
 
 def locate(environ: Mapping[str, str], directory: Path) -> Path | None:
@@ -150,13 +87,13 @@ def load(cls: type[T], *, file: Path | None, environ: Mapping[str, str]) -> Load
     try:
         value = cls.model_validate(merged)
     except ValidationError as error:
-        faults += _explain(cls, error, merged, dict(_leaves(from_env)), file)
+        faults += _explain(cls, error, merged, dict(flat(from_env)), file)
     if faults or value is None:
         lines = "\n".join(f"  {fault.field}: {fault.description}" for fault in faults)
         raise ConfigError(f"the configuration has {len(faults)} fault(s):\n{lines}", violations=faults)
-    origins = dict.fromkeys((key for key, _ in _leaves(raw)), "file")
-    origins.update(dict.fromkeys((key for key, _ in _leaves(from_env)), "environment"))
-    return Loaded(value, None if file is None else file.absolute(), digest, origins, raw)
+    origins = dict.fromkeys((key for key, _ in flat(raw)), "file")
+    origins.update(dict.fromkeys((key for key, _ in flat(from_env)), "environment"))
+    return Loaded(value, None if file is None else file.absolute(), digest, origins, dict(flat(raw)))
 
 
 def secret_keys(cls: type[BaseModel], prefix: str = "") -> frozenset[str]:
@@ -169,6 +106,15 @@ def secret_keys(cls: type[BaseModel], prefix: str = "") -> frozenset[str]:
             elif isinstance(part, type) and issubclass(part, BaseModel):
                 found |= secret_keys(part, f"{prefix}{name}.")
     return frozenset(found)
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as dotted keys with their values; an empty table stays one value."""
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read(file: Path | None) -> tuple[dict[str, Any], str | None]:
@@ -308,22 +254,6 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
     return merged
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _show(leaves: Mapping[str, Any], key: str, secrets: frozenset[str]) -> str | None:
-    if key not in leaves:
-        return None
-    if any(key == s or key.startswith(s + ".") for s in secrets):
-        return MASK
-    return json.dumps(leaves[key], default=str)
 
 
 def _digest(data: bytes) -> str:

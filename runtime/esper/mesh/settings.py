@@ -4,8 +4,6 @@ Typical use, once, at the edge of a process::
 
     loaded = load(Settings, file=locate(os.environ, Path.cwd()), environ=os.environ)
     settings = loaded.value
-    ...
-    print(loaded.drift())        # has the file changed since?
 
 A section derives from `Section`, documents each field by the docstring below it, and keeps secrets in `SecretStr`.
 Variables are spelled `ESPER_<SECTION>__<KEY>`, deeper sections with further double underscores.
@@ -15,10 +13,9 @@ from esper.mesh._loader import (
     FILE_NAME,
     FILE_VARIABLE,
     SCHEMA_VERSION,
-    Change,
     ConfigError,
-    Drift,
     Loaded,
+    flat,
     load,
     locate,
     secret_keys,
@@ -40,10 +37,8 @@ __all__ = [
     "FILE_VARIABLE",
     "SCHEMA_VERSION",
     "AuthSettings",
-    "Change",
     "ChannelOptions",
     "ConfigError",
-    "Drift",
     "KeepAlive",
     "Loaded",
     "LoggingSettings",
@@ -52,6 +47,7 @@ __all__ = [
     "ServerOptions",
     "ServerSettings",
     "check_exposure",
+    "flat",
     "load",
     "locate",
     "secret_keys",

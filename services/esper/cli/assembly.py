@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from esper.cli.drift import from_file
+from esper.cli.drift import snapshot
 from esper.cli.lock import HomeLock
 from esper.cli.roster import SERVICES
 from esper.cli.settings import Settings, build_service
@@ -125,7 +125,7 @@ def run(
     configure(settings.logging)
 
     def announce(address: str) -> None:
-        lock.announce(address, loaded.digest or "", from_file(loaded))
+        lock.announce(address, loaded.digest or "", snapshot(loaded))
         ready(address)
 
     try:

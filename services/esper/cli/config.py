@@ -40,7 +40,7 @@ def show(
 @command
 def check(context: typer.Context) -> None:
     """Check the configuration and say whether a running mesh still has what the file says now."""
-    from esper.cli.drift import differences, from_file
+    from esper.cli.drift import differences
 
     state = state_of(context)
     loaded, out = state.loaded, state.console
@@ -52,9 +52,9 @@ def check(context: typer.Context) -> None:
     if running.config_digest == (loaded.digest or ""):
         out.print(f"the mesh at {running.address} runs with it")
         return
-    changes = differences(running.from_file, from_file(loaded))
+    changes = differences(running.from_file, loaded)
     if not changes:
-        out.print(f"the mesh at {running.address} runs with it (comments, layout or a secret of the file changed)")
+        out.print(f"the mesh at {running.address} runs with it (only comments or layout of the file changed)")
         return
     out.print(f"drift: the mesh at {running.address} was started with other settings; restart it for:")
     for line in changes:

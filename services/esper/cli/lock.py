@@ -35,7 +35,7 @@ class Endpoint:
     config_digest: str = ""
     """Digest of the configuration file that it was started with; empty when there was none."""
     from_file: Mapping[str, Any] = field(default_factory=dict)
-    """Keys and values that came from that file, secrets masked."""
+    """Keys and values of that file, as `drift.snapshot` has them."""
 
 
 class HomeLock:
@@ -85,6 +85,7 @@ class HomeLock:
             "from_file": dict(from_file or {}),
         }
         staged = self._note.with_suffix(".tmp")
+        staged.touch(mode=0o600)
         staged.write_text(json.dumps(note), encoding="utf-8")
         staged.replace(self._note)
 

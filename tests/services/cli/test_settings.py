@@ -134,7 +134,7 @@ def test_check_accepts_and_refuses(cli, tmp_path, monkeypatch):
 
 def test_check_reports_drift(cli, tmp_path, monkeypatch):
     """Beside a running mesh, `config check` names each key that the file has changed since, and ends with 1."""
-    from esper.cli.drift import from_file
+    from esper.cli.drift import snapshot
     from esper.cli.lock import HomeLock
 
     monkeypatch.chdir(tmp_path)
@@ -143,17 +143,24 @@ def test_check_reports_drift(cli, tmp_path, monkeypatch):
     def write(text):
         path.write_text(f"schema_version = 1\nhome = '{tmp_path}/h'\n{text}", encoding="utf-8")
 
-    write("[logging]\nlevel = 'error'\n")
-    loaded = State(environ={}).loaded
+    first, second = "a" * 32, "b" * 32
+    write(f"[logging]\nlevel = 'error'\n[auth]\nsecret = '{first}'\n")
+    # The environment of the mesh is not that of the one who asks: neither is the file.
+    loaded = State(environ={"ESPER_LOGGING__LEVEL": "debug"}).loaded
     lock = HomeLock(tmp_path / "h")
-    lock.announce("127.0.0.1:7600", loaded.digest or "", from_file(loaded))
+    lock.announce("127.0.0.1:7600", loaded.digest or "", snapshot(loaded))
+    assert first not in (tmp_path / "h" / "mesh.json").read_text(encoding="utf-8")
     try:
         assert "runs with it" in cli("config", "check").stdout
-        write("# a remark\n[logging]\nlevel = 'error'\n")
-        assert "comments, layout or a secret" in cli("config", "check").stdout
+        write(f"# a remark\n[auth]\nsecret = '{first}'\n[logging]\nlevel = 'error'\n")
+        assert "only comments or layout" in cli("config", "check").stdout
+        write(f"[logging]\nlevel = 'error'\n[auth]\nsecret = '{second}'\n")
+        told = cli("config", "check", code=1).stdout
+        assert "auth.secret: started with **********, now **********" in told
         write("[logging]\nqueue_size = 99\n")
         told = cli("config", "check", code=1).stdout
         assert "logging.level: started with error, now the default" in told
         assert "logging.queue_size: started with the default, now 99" in told
+        assert "auth.secret: started with **********, now the default" in told
     finally:
         lock.release()
