@@ -28,7 +28,11 @@ def start(**settings: object) -> io.StringIO:
 def records(out: io.StringIO) -> list[dict[str, object]]:
     """What was written, parsed."""
     assert flush()
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+    return [json.loads(line, parse_constant=_not_json) for line in out.getvalue().splitlines()]
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def test_a_record_is_one_json_object_with_its_fields() -> None:
@@ -41,6 +45,14 @@ def test_a_record_is_one_json_object_with_its_fields() -> None:
         "level": "info", "event": "kernel\npublished", "logger": "esper.test", "fixed": "always", "run": "r1", "n": 3,
         "ratio": 0.5, "path": "/x", "when": "2026-01-02 00:00:00+00:00",
     } == record  # fmt: skip
+
+
+def test_numbers_that_json_does_not_have_are_text() -> None:
+    """A loss that is no number is logged as one reads it, at any depth, and every line stays JSON."""
+    out = start()
+    log.info("diverged", loss=float("nan"), losses=[1.0, float("inf")], nested={"low": float("-inf")})
+    (record,) = records(out)
+    assert ("nan", [1.0, "inf"], {"low": "-inf"}) == (record["loss"], record["losses"], record["nested"])
 
 
 def test_levels_below_the_threshold_are_not_written() -> None:

@@ -18,6 +18,7 @@ import atexit
 import io
 import json
 import logging as stdlib
+import math
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ _state = _State()
 def _freeze(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911  # one return per kind of value
     """Snapshot a value on the caller's thread: whatever the caller does to it later must not show in the record."""
     if value is None or type(value) in _PLAIN:
+        if type(value) is float and not math.isfinite(value):
+            return str(value)  # "nan": JSON has no such numbers, and readers of ours must not fail at them
         return _cut(value) if type(value) is str and len(value) > _MAX_TEXT else value
     if isinstance(value, Enum):
         return _freeze(value.value, depth + 1)
@@ -257,7 +260,7 @@ def _prepare(record: Record) -> Record:
 
 
 def _json(record: Record) -> str:
-    return json.dumps(_prepare(record), default=str, ensure_ascii=False)
+    return json.dumps(_prepare(record), default=str, ensure_ascii=False, allow_nan=False)
 
 
 def _console(*, colors: bool) -> Callable[[Record], str]:
