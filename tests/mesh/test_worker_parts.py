@@ -141,6 +141,7 @@ def _worker_main(directory, jobs, answers, *, memory=0):
         "warm": "worker_jobs:warm",
         "entry": "worker_jobs:do",
         "memory": memory,
+        "file_bytes": 1 << 30,
         "limit": 1 << 20,
     }
     _worker.main(json.dumps(specification))
@@ -173,7 +174,8 @@ def _confined(directory, results):
             readable=[Path("/usr"), Path("/proc"), Path("/no/such/path"), Path(os.devnull)],
             writable=[directory, Path(__file__).parents[2]],
         ),
-        "network": _confine.forbid_network(),
+        "network": _confine.forbid_calls(network=False),
+        "privileges": _confine.drop_privileges(),
         "memory": _confine.limit_address_space(256 << 20),
     }
     attempts = {
@@ -184,6 +186,8 @@ def _confined(directory, results):
         "own write": lambda: (directory / "own").write_text("x"),
         "allocate": lambda: bytearray(1 << 30),
         "signal": lambda: os.kill(os.getppid(), 0),
+        "leave": os.setsid,
+        "change owner": lambda: os.chown(directory / "own", 12345, 12345),
     }
     for name, attempt in attempts.items():
         try:
@@ -208,6 +212,9 @@ def test_limits_hold_as_claimed(tmp_path):
     assert told["can own write"]
     assert told["can allowed read"]
     assert told["network"] is not told["can socket"]
+    assert told["network"] is not told["can leave"]
+    assert told["privileges"]
+    assert not told["can change owner"]
     for forbidden in ("read", "write"):
         assert told["files"] is not told[f"can {forbidden}"]
 
@@ -219,13 +226,14 @@ class TestClaims:
         """Elsewhere than on Linux no limit is claimed."""
         monkeypatch.setattr(sys, "platform", "darwin")
         assert not _confine.die_with_parent(os.getppid())
-        assert not _confine.forbid_network()
+        assert not _confine.forbid_calls(network=False)
         assert not _confine.restrict_files(readable=(), writable=())
+        assert not _confine.drop_privileges()
 
     def test_other_processors(self, monkeypatch):
         """A processor whose numbers of system calls are not known gets no filter."""
         monkeypatch.setattr(_confine.platform, "machine", lambda: "vax")
-        assert not _confine.forbid_network()
+        assert not _confine.forbid_calls(network=False)
 
     @pytest.mark.parametrize("answers", [(-1,), (1, -1)])
     def test_refusing_kernels(self, monkeypatch, answers):
@@ -241,7 +249,7 @@ class TestClaims:
 
         monkeypatch.setattr(_confine, "_libc", Libc)
         assert not _confine.restrict_files(readable=(), writable=())
-        assert not _confine.forbid_network()
+        assert not _confine.forbid_calls(network=False)
 
     def test_landlock_without_its_last_step(self, monkeypatch):
         """Rules that could be made but not put in force are no limit."""
@@ -274,7 +282,10 @@ class TestClaims:
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_filter_refuses_what_it_names(machine):
     """The seccomp program, run by hand: named calls, foreign numberings and foreign architectures are refused."""
-    arch, numbers = _confine._ARCHITECTURES[machine]
+    arch, place = _confine._ARCHITECTURES[machine]
+    assert set(_confine._NUMBERS) == {*_confine._FORBIDDEN, *_confine._NETWORK}
+    numbers = tuple({pair[place] for pair in _confine._NUMBERS.values()})
+    assert len(numbers) == len(_confine._NUMBERS)
     code = _confine._filter(arch, numbers)
     program = [struct.unpack_from("HBBI", code, at) for at in range(0, len(code), 8)]
 

@@ -224,6 +224,56 @@ class TestConfinement:
         assert "parent death: SIGKILL" in held
         assert "memory: address space" in held
 
+    async def test_other_processes_are_closed(self):
+        """What is written of other processes, this one's environment above all, is refused to a confined worker."""
+        others = [f"/proc/{os.getpid()}/{name}" for name in ("environ", "maps", "cmdline", "status")]
+        async with pool_of() as pool:
+            told = await pool.run(
+                {"do": "peek", "paths": [*others, "/proc/self/status", "/proc/cpuinfo", "/etc/shadow"]}
+            )
+            held = pool.workers()[0].held
+        if "files: Landlock" not in held:
+            pytest.skip("this machine has no Landlock")
+        seen = told["seen"]
+        assert {None} == {seen[name] for name in (*others, "/etc/shadow")}
+        assert seen["/proc/self/status"]
+        assert seen["/proc/cpuinfo"]
+        assert "privileges: none" in held
+        assert {"0"} == {line.split()[1].strip("0") or "0" for line in told["capabilities"]}
+
+    async def test_processes_cannot_leave(self):
+        """Neither a session of its own nor a second fork takes a process out of reach of the kill."""
+        seen = []
+        async with pool_of() as pool:
+            await pool.ready()
+            if "processes: seccomp" not in pool.workers()[0].held:
+                pytest.skip("this machine has no seccomp")
+            job = asyncio.create_task(pool.run({"do": "escape"}, on_progress=seen.append))
+            async with asyncio.timeout(15):
+                while len(seen) < 2:  # noqa: ASYNC110  # the pool offers no event for it
+                    await asyncio.sleep(0.01)
+            assert all(psutil.pid_exists(told["orphan"]) for told in seen)
+            job.cancel()
+            await asyncio.gather(job, return_exceptions=True)
+        assert all(gone(told["orphan"]) for told in seen)
+
+    async def test_memory_outside_the_account_is_refused(self):
+        """Files have a largest size, and memory that only looks like a file cannot be had."""
+        async with pool_of(file_limit_bytes=4 * MIB) as pool:
+            told = await pool.run({"do": "hoard", "bytes": 4 * MIB})
+            held = pool.workers()[0].held
+        assert not told["file"]
+        assert ("processes: seccomp" in held) is not told["memfd"]
+        assert ("files: Landlock" in held) is not told["shm"]
+
+    @pytest.mark.parametrize("nameless", [False, True])
+    async def test_files_are_watched(self, nameless):
+        """A worker whose files hold too much together is killed, also when they have lost their names."""
+        async with pool_of(file_limit_bytes=4 * MIB) as pool:
+            with pytest.raises(WorkerMemory, match="the job held more than 4 MiB of files, and was killed"):
+                await pool.run({"do": "hoard_many", "bytes": 1 << 16, "nameless": nameless})
+            assert (await pool.run({"do": "echo"}))["pid"]
+
     async def test_limits_can_be_left_off(self, tmp_path):
         """A pool that is allowed network and files has both."""
         async with pool_of(network=True, files=True) as pool:
@@ -313,7 +363,9 @@ class TestLife:
         await pool.close()
         assert all(info.pid == 0 or gone(info.pid) for info in pool.workers())
 
-    @pytest.mark.parametrize("field", ["size", "wall_limit_s", "memory_limit_bytes", "start_limit_s", "recycle_after"])
+    @pytest.mark.parametrize(
+        "field", ["size", "wall_limit_s", "memory_limit_bytes", "file_limit_bytes", "start_limit_s", "recycle_after"]
+    )
     def test_nonsense_is_refused(self, field):
         """Every number of a pool must be above zero."""
         options = {"size": 1, "entry": "a:b", "wall_limit_s": 1, "memory_limit_bytes": 1} | {field: 0}

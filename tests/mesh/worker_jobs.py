@@ -1,6 +1,7 @@
 """Jobs that the tests of the worker pool run in real worker processes."""
 # ruff: noqa: D103  # each job is named for what it does
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -126,3 +127,59 @@ def look(job, report):
 
 def crash_in_native_code(job, report):
     ctypes.string_at(0)
+
+
+def peek(job, report):
+    seen = {}
+    for name in job["paths"]:
+        try:
+            seen[name] = Path(name).read_bytes()[:200].decode(errors="replace")
+        except OSError:
+            seen[name] = None
+    return {"seen": seen, "capabilities": [line for line in status() if line.startswith("Cap")]}
+
+
+def status():
+    return Path("/proc/self/status").read_text().splitlines()
+
+
+def escape(job, report):
+    # Twice forked and, where it may, in a session of its own: nobody's child and in nobody's group.
+    with contextlib.suppress(OSError):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        report({"session": True})
+    code = "import os, time\nif os.fork(): os._exit(0)\n{}\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+    for attempt in ("os.setsid()", "os.setpgid(0, 0)"):
+        trying = code.format(f"try:\n    {attempt}\nexcept OSError:\n    pass")
+        orphan = subprocess.Popen([sys.executable, "-c", trying], stdout=subprocess.PIPE, text=True)
+        report({"orphan": int(orphan.stdout.readline())})
+    time.sleep(600)
+
+
+def hoard(job, report):
+    size = job["bytes"]
+    told = {}
+    try:
+        Path("big").write_bytes(bytes(size + 1))
+        told["file"] = True
+    except OSError:
+        told["file"] = False
+    for name, path in (("memfd", ""), ("shm", "/dev/shm/esper-big")):
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR) if path else os.memfd_create("m"))
+            told[name] = True
+        except OSError:
+            told[name] = False
+    Path("big").unlink(missing_ok=True)
+    return told
+
+
+def hoard_many(job, report):
+    for number in range(1000):
+        handle = os.open(f"part-{number}", os.O_CREAT | os.O_WRONLY)
+        os.write(handle, bytes(job["bytes"]))
+        if job["nameless"]:
+            Path(f"part-{number}").unlink()
+        else:
+            os.close(handle)
+    time.sleep(600)

@@ -1,8 +1,8 @@
-"""What a process can take from itself before it runs a stranger's code: parent's death, network, files, memory.
+"""What a process can take from itself before it runs a stranger's code: life after its parent, network, files, memory.
 
-Linux only, without privileges and without helpers: `prctl`, a seccomp filter, Landlock, `setrlimit`. Each function
-answers whether its limit holds now; the caller says so to people instead of believing it. Call them while the process
-has one thread: seccomp and Landlock bind the calling thread and those that it starts afterwards.
+Linux only, without privileges and without helpers: `prctl`, `capset`, a seccomp filter, Landlock, `setrlimit`. Each
+function answers whether its limit holds now; the caller says so to people instead of believing it. Call them while the
+process has one thread: all but the last bind the calling thread and those that it starts afterwards.
 """
 
 import ctypes
@@ -16,10 +16,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["die_with_parent", "forbid_network", "limit_address_space", "restrict_files"]
+__all__ = ["die_with_parent", "drop_privileges", "forbid_calls", "limit_address_space", "restrict_files"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 
@@ -31,11 +32,38 @@ _REFUSE = 0x00050000 | errno.EACCES
 _X32_BIT = 0x40000000
 """x86-64 answers to a second numbering of its calls, which would walk past the filter."""
 
-# machine -> (AUDIT_ARCH, numbers of socket, io_uring_setup, ptrace, process_vm_readv, process_vm_writev)
-_ARCHITECTURES: Mapping[str, tuple[int, tuple[int, ...]]] = {
-    "x86_64": (0xC000003E, (41, 425, 101, 310, 311)),
-    "aarch64": (0xC00000B7, (198, 425, 117, 270, 271)),
+_NETWORK = ("socket", "io_uring_setup")
+"""Sockets of every family, and the ring that can open them."""
+_FORBIDDEN = (
+    # Reaching into other processes.
+    *("ptrace", "process_vm_readv", "process_vm_writev"),
+    # Leaving the process group, as whose members all descendants are found and killed.
+    *("setsid", "setpgid"),
+    # Memory that belongs to no address space and to no directory, where nobody would count it.
+    *("memfd_create", "memfd_secret", "shmget", "msgget", "mq_open"),
+)
+
+# call -> its number on x86-64, on AArch64
+_NUMBERS: Mapping[str, tuple[int, int]] = {
+    "io_uring_setup": (425, 425),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "setpgid": (109, 154),
+    "setsid": (112, 157),
+    "shmget": (29, 194),
+    "socket": (41, 198),
 }
+# machine -> AUDIT_ARCH, place of its numbers in the table
+_ARCHITECTURES: Mapping[str, tuple[int, int]] = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+_CAPABILITY_VERSION = 0x20080522
+_CAPABILITIES = 64
+"""More than any kernel has; dropping one that does not exist fails without harm."""
 
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _RULE_PATH_BENEATH = 1
@@ -81,12 +109,17 @@ def _filter(arch: int, numbers: tuple[int, ...]) -> bytes:
     return b"".join(program)
 
 
-def forbid_network() -> bool:
-    """Refuse new sockets of every family, io_uring (which can open them) and reaching into other processes."""
+def forbid_calls(*, network: bool) -> bool:
+    """Refuse reaching into other processes, leaving the process group and uncounted memory; the network if not wanted.
+
+    Args:
+        network: True leaves the process its sockets.
+    """
     known = _ARCHITECTURES.get(platform.machine())
     if known is None or not sys.platform.startswith("linux"):
         return False
-    code = _filter(*known)
+    arch, place = known
+    code = _filter(arch, tuple(_NUMBERS[name][place] for name in (*_FORBIDDEN, *(() if network else _NETWORK))))
     memory = ctypes.create_string_buffer(code)
 
     class Program(ctypes.Structure):
@@ -98,6 +131,17 @@ def forbid_network() -> bool:
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return False
     return bool(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0)
+
+
+def drop_privileges() -> bool:
+    """Give up every capability for good: what is left to root is what its user number owns."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = _libc()
+    # Otherwise each program that root starts would have them all again.
+    for capability in range(_CAPABILITIES):
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    return bool(libc.capset(struct.pack("Ii", _CAPABILITY_VERSION, 0), bytes(24)) == 0)
 
 
 def restrict_files(*, readable: Iterable[Path], writable: Iterable[Path]) -> bool:

@@ -6,9 +6,10 @@ import json
 import os
 import resource
 import signal
+import stat
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import psutil
 
 from esper.mesh._frames import HEADER, decode, encode, lengths
 
-__all__ = ["Child", "Launch"]
+__all__ = ["Child", "Launch", "mib"]
 
 _PASSED_ON = (
     "PATH",
@@ -53,6 +54,7 @@ class Launch:
     python_path: tuple[Path, ...]
     environ: Mapping[str, str]
     memory: int
+    file_limit_bytes: int
     max_message_bytes: int
 
     def environment(self) -> dict[str, str]:
@@ -84,6 +86,7 @@ class Launch:
                 "files": self.files,
                 "writable": [str(path) for path in self.writable],
                 "memory": self.memory,
+                "file_bytes": self.file_limit_bytes,
                 "limit": self.max_message_bytes,
             }
         )
@@ -92,9 +95,11 @@ class Launch:
 class Child:
     """A started process with its three pipes. Made by `start`; ends by `kill`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, limit: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, launch: Launch) -> None:
         self._process = process
-        self._limit = limit
+        self._limit = launch.max_message_bytes
+        self._directory = launch.directory
+        self._files = launch.file_limit_bytes
         self._words: deque[bytes] = deque()
         self._words_length = 0
         self._listener = asyncio.create_task(self._listen(), name=f"worker-{process.pid}-stderr")
@@ -103,8 +108,8 @@ class Child:
         """Limits that the process says it is under."""
         self.warm_bytes = 0
         """Resident memory when it was ready, in bytes."""
-        self.overrun = 0
-        """Resident bytes at which it was killed; 0 when it was not."""
+        self.overrun = ""
+        """What it held too much of when it was killed for it, in words; empty otherwise."""
 
     @classmethod
     async def start(cls, launch: Launch) -> "Child":
@@ -127,7 +132,7 @@ class Child:
             cwd=launch.directory,
             start_new_session=True,  # a group of its own: killed as a whole, and deaf to the terminal's Ctrl-C
         )
-        return cls(process, launch.max_message_bytes)
+        return cls(process, launch)
 
     @property
     def pid(self) -> int:
@@ -199,20 +204,35 @@ class Child:
         return decode(await read(text), await read(blobs))
 
     async def kill_above(self, ceiling: int, every_s: float) -> None:
-        """Kill the process as soon as it and its children hold more than `ceiling` resident bytes; return then."""
+        """Kill the process as soon as it holds too much, its children included; return then.
+
+        Args:
+            ceiling: resident bytes that they may hold; bytes of files are limited by the launch.
+            every_s: time between looks at the process itself.
+        """
         turns = 0
         children = 0
         while self.alive:
-            # Listing children costs a walk through all processes: ten times rarer than the look at the worker itself.
+            # A walk through all processes and files: ten times rarer than the look at the worker itself.
             if turns % 10 == 0:
-                children = await asyncio.to_thread(_resident_children, self.pid)
+                children, overfull = await asyncio.to_thread(self._look_around)
+                if overfull:
+                    self.overrun = f"more than {mib(self._files)} of files"
             turns += 1
             held = _resident(self.pid) + children
             if held > ceiling:
-                self.overrun = held
+                self.overrun = f"{mib(held)} of memory, limit {mib(ceiling)}"
+            if self.overrun:
                 await self.kill()
                 return
             await asyncio.sleep(every_s)
+
+    def _look_around(self) -> tuple[int, bool]:
+        """Resident bytes of the other processes of its group, and whether files hold more than they may."""
+        members = _group(self.pid)
+        return sum(_resident(pid) for pid in members if pid != self.pid), _overfull(
+            self._directory, members, self._files
+        )
 
     async def kill(self) -> None:
         """End the process and everything that it started; returns when it is gone. Safe to call twice."""
@@ -248,8 +268,51 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _resident_children(pid: int) -> int:
-    try:
-        return sum(_resident(child.pid) for child in psutil.Process(pid).children(recursive=True))
-    except psutil.Error:
-        return 0
+def _group(group: int) -> list[int]:
+    """Members of a process group, whoever their parents are by now: a worker's descendants cannot leave its."""
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                members.append(pid)
+    return members
+
+
+def _overfull(directory: Path, pids: list[int], limit: int) -> bool:
+    """Whether files under a directory, and files without a name that these processes hold open, are above a limit."""
+    total = 0
+    counted = set()
+    for state in (*_files(directory), *(state for pid in pids for state in _nameless(pid))):
+        if (state.st_dev, state.st_ino) not in counted:
+            counted.add((state.st_dev, state.st_ino))
+            # Empty files cost something too.
+            total += max(state.st_blocks * 512, 4096)
+        if total > limit:
+            return True
+    return False
+
+
+def _files(directory: Path) -> Iterator[os.stat_result]:
+    pending = [str(directory)]
+    while pending:
+        # What ends meanwhile is no matter; what a job made unreadable does not end the count of the rest.
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    yield entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+
+
+def _nameless(pid: int) -> Iterator[os.stat_result]:
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as handles:
+        for handle in handles:
+            with contextlib.suppress(OSError):
+                state = handle.stat()
+                if state.st_nlink == 0 and stat.S_ISREG(state.st_mode):
+                    yield state
+
+
+def mib(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / (1 << 20):.0f} MiB"

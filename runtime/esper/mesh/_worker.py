@@ -18,15 +18,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from esper.mesh._confine import die_with_parent, forbid_network, limit_address_space, restrict_files
+from esper.mesh._confine import die_with_parent, drop_privileges, forbid_calls, limit_address_space, restrict_files
 from esper.mesh._frames import encode, read_frame
 
 __all__ = ["confine", "main", "serve"]
 
 Entry = Callable[[dict[str, Any], Callable[[Mapping[str, Any]], None]], dict[str, Any]]
 
-_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/proc", "/sys", "/nix/store")
+_SYSTEM = (
+    *("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/sys", "/nix/store"),
+    # Of /etc what linkers, time and names of users take; services keep keys there.
+    *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime"),
+    *("/etc/nsswitch.conf", "/etc/passwd", "/etc/group"),
+    # Of /proc what is said of this process and of the machine: the directories of other processes hold their secrets.
+    *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/filesystems"),
+    *("/proc/version", "/proc/loadavg", "/proc/uptime", "/proc/devices", "/proc/driver"),
+)
 """Read by every program; none of it is ours. Home directories, /tmp, /var and /run stay closed."""
+
+_DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*")
+"""Of /dev; not /dev/shm, whose files are memory."""
 
 _MAX_TEXT = 8000
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "std::bad_array_new")
@@ -44,12 +55,16 @@ def confine(specification: Mapping[str, Any]) -> list[str]:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if die_with_parent(specification["parent"]):
         held.append("parent death: SIGKILL")
-    writable = [Path(path) for path in (specification["directory"], *specification["writable"], "/dev")]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (specification["file_bytes"],) * 2)
+    writable = [Path(path) for path in (specification["directory"], *specification["writable"])]
+    writable += [path for pattern in _DEVICES for path in Path("/dev").glob(pattern)]
     readable = [Path(path) for path in (*_SYSTEM, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)]
     if specification["files"] and restrict_files(readable=readable, writable=writable):
         held.append("files: Landlock")
-    if not specification["network"] and forbid_network():
-        held.append("network: seccomp")
+    if forbid_calls(network=specification["network"]):
+        held += ["processes: seccomp"] if specification["network"] else ["processes: seccomp", "network: seccomp"]
+    if drop_privileges():
+        held.append("privileges: none")
     return held
 
 

@@ -14,7 +14,8 @@ replaced.
 
 Each worker is a fresh interpreter (started, not forked, so gRPC's threads are no danger) in a process group of its
 own. It dies with its parent, has an environment of a few named variables, a private directory, and on Linux neither
-network nor files beyond what it was given; `WorkerInfo.held` says which of these limits the machine enforces.
+network nor files beyond what it was given, no privileges, and no way out of its process group; `WorkerInfo.held` says
+which of these limits the machine enforces.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from esper.mesh._process import Child, Launch
+from esper.mesh._process import Child, Launch, mib
 from esper.mesh.errors import InternalError, Unavailable
 from esper.mesh.logging import get_logger
 
@@ -80,7 +81,7 @@ class WorkerTimeout(WorkerFailed):
 
 
 class WorkerMemory(WorkerFailed):
-    """The job asked for more memory than it may have."""
+    """The job asked for more memory than it may have, or filled more files."""
 
     default_reason = "WORKER_MEMORY"
 
@@ -161,13 +162,23 @@ class WorkerPool:
     """Further variables of the worker's environment."""
     limit_address_space: bool = True
     """False leaves only the watch over resident memory: CUDA reserves more addresses than any sensible limit."""
+    file_limit_bytes: int = 1 << 30
+    """Bytes that the files in a worker's own directory may hold together, looked at twice a second, and that any file
+    that it writes may hold. On some machines such files are memory."""
     recycle_after: int = 64
     """Jobs after which a worker is replaced, since native libraries that a job loaded are never unloaded."""
     max_message_bytes: int = 1 << 30
     """Largest job, and largest result believed."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "wall_limit_s", "memory_limit_bytes", "start_limit_s", "recycle_after"):
+        for name in (
+            "size",
+            "wall_limit_s",
+            "memory_limit_bytes",
+            "file_limit_bytes",
+            "start_limit_s",
+            "recycle_after",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"worker pool: {name} must be above 0, found {getattr(self, name)}")
         self._slots = [_Slot(index) for index in range(self.size)]
@@ -289,6 +300,7 @@ class WorkerPool:
             python_path=tuple(self.python_path),
             environ=self.environ,
             memory=self.memory_limit_bytes if self.limit_address_space else 0,
+            file_limit_bytes=self.file_limit_bytes,
             max_message_bytes=self.max_message_bytes,
         )
         child = await Child.start(launch)
@@ -333,7 +345,7 @@ class WorkerPool:
             return {key.removeprefix(prefix): value for key, value in message.items() if key.startswith(prefix)}
         text = f"{message.get('kind')}: {message.get('text')}"
         if message.get("memory"):
-            raise WorkerMemory(f"the job needed more than {_mib(self.memory_limit_bytes)} of memory: {text}")
+            raise WorkerMemory(f"the job needed more than {mib(self.memory_limit_bytes)} of memory: {text}")
         raise WorkerError(text, metadata={"kind": str(message.get("kind"))}, private=str(message.get("traceback")))
 
     async def _converse(
@@ -359,18 +371,12 @@ class WorkerPool:
             raise WorkerTimeout(f"the job did not end within {wall_limit_s:g} s and was killed") from error
         except (EOFError, OSError, ValueError) as error:
             if child.overrun:
-                raise WorkerMemory(
-                    f"the job held {_mib(child.overrun)} of memory, limit {_mib(ceiling)}, and was killed"
-                ) from error
+                raise WorkerMemory(f"the job held {child.overrun}, and was killed") from error
             reason = f"sent no {error}" if isinstance(error, ValueError) else await child.ending()
             raise WorkerCrashed(f"the worker {reason}; its last words: {child.tail() or 'none'}") from error
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-
-
-def _mib(count: int) -> str:
-    return f"{count / (1 << 20):.0f} MiB"
 
 
 def _failed(task: "asyncio.Task[Child]") -> bool:
