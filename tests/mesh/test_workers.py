@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -170,6 +171,22 @@ class TestFailures:
                 with pytest.raises(WorkerCrashed, match=r"(?s)did not start: exited with status 1.*libnothing\.so"):
                     await pool.run({"do": "echo"})
             assert pool.workers()[0].starts >= 2
+
+    @pytest.mark.parametrize("what", ["esper.mesh.workers.Child.start", "esper.mesh.workers.tempfile.mkdtemp"])
+    async def test_a_process_that_the_system_refuses_is_told(self, monkeypatch, what):
+        """Where no process or no room is to be had, a job fails like any whose worker did not start; the next tries."""
+
+        def refuse(*_args, **_options):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(what, refuse)
+            async with pool_of() as pool:
+                with pytest.raises(WorkerCrashed, match=r"did not start: .*temporarily unavailable") as caught:
+                    await pool.run({"do": "echo"})
+                assert "WORKER_NOT_STARTED" == caught.value.reason
+                patch.undo()
+                assert (await pool.run({"do": "echo"}))["pid"]
 
     async def test_slow_start_is_told(self):
         """A worker that does not get ready in time is killed and told as such."""

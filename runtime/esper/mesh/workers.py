@@ -286,11 +286,41 @@ class WorkerPool:
     async def _launch(self, slot: _Slot) -> Child:
         if slot.child is not None:
             await slot.child.kill()
-        if self._root is None:
-            self._root = Path(tempfile.mkdtemp(prefix="esper-workers-"))
         slot.starts += 1
         slot.jobs = 0
-        launch = Launch(
+        child = slot.child = await self._spawn(slot)
+        try:
+            async with asyncio.timeout(self.start_limit_s):
+                await child.become_ready()
+        except (TimeoutError, ValueError, EOFError, OSError) as error:
+            late = isinstance(error, TimeoutError)
+            ending = f"not ready after {self.start_limit_s:g} s" if late else await child.ending()
+            await child.kill()
+            log.warning("worker did not start", worker=slot.index, entry=self.entry, ending=ending, output=child.tail())
+            words = child.tail() or "none"
+            raise self._not_started(slot, f"{ending}; its last words: {words}") from error
+        except asyncio.CancelledError:
+            await child.kill()
+            raise
+        return child
+
+    async def _spawn(self, slot: _Slot) -> Child:
+        try:
+            return await Child.start(self._plan(slot))
+        except OSError as error:
+            # No process, no memory or no room for another one: it may pass, and the next job tries again.
+            log.warning("worker did not start", worker=slot.index, entry=self.entry, ending=str(error))
+            raise self._not_started(slot, str(error)) from error
+
+    def _not_started(self, slot: _Slot, ending: str) -> WorkerCrashed:
+        return WorkerCrashed(
+            f"worker {slot.index} of {self.entry} did not start: {ending}", reason="WORKER_NOT_STARTED"
+        )
+
+    def _plan(self, slot: _Slot) -> Launch:
+        if self._root is None:
+            self._root = Path(tempfile.mkdtemp(prefix="esper-workers-"))
+        return Launch(
             entry=self.entry,
             warm=self.warm,
             directory=self._root / f"{slot.index}-{slot.starts}",
@@ -303,25 +333,6 @@ class WorkerPool:
             file_limit_bytes=self.file_limit_bytes,
             max_message_bytes=self.max_message_bytes,
         )
-        child = await Child.start(launch)
-        slot.child = child
-        try:
-            async with asyncio.timeout(self.start_limit_s):
-                await child.become_ready()
-        except (TimeoutError, ValueError, EOFError, OSError) as error:
-            late = isinstance(error, TimeoutError)
-            ending = f"not ready after {self.start_limit_s:g} s" if late else await child.ending()
-            await child.kill()
-            log.warning("worker did not start", worker=slot.index, entry=self.entry, ending=ending, output=child.tail())
-            words = child.tail() or "none"
-            raise WorkerCrashed(
-                f"worker {slot.index} of {self.entry} did not start: {ending}; its last words: {words}",
-                reason="WORKER_NOT_STARTED",
-            ) from error
-        except asyncio.CancelledError:
-            await child.kill()
-            raise
-        return child
 
     async def _attempt(
         self,
