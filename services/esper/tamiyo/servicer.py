@@ -119,7 +119,9 @@ class TamiyoServicer(TamiyoServiceServicer):
                     metadata={"run_id": run_id},
                 )
             if self._drain.is_set():
-                raise Unavailable("the controller drains: open another stream with the last controller_state")
+                raise Unavailable(
+                    "the controller drains: open another stream with the last controller_state", reason="DRAINING"
+                )
         finally:
             if self._open.get(run_id) is taken:
                 del self._open[run_id]

@@ -239,7 +239,8 @@ async def test_a_draining_server_ends_the_stream_at_once(tmp_path):
         await talk.start()
         began = time.monotonic()
         stopping = asyncio.create_task(mesh.server.stop(grace_s=60.0))
-        assert grpc.StatusCode.UNAVAILABLE.value[0] == (await talk.error()).code
+        error = await talk.error()
+        assert (grpc.StatusCode.UNAVAILABLE.value[0], "DRAINING") == (error.code, error.reason)
         await stopping
         assert time.monotonic() - began < 30.0
 
