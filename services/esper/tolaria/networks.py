@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from esper.mesh.errors import Conflict, NotFound
@@ -84,7 +85,7 @@ def write_modules(
 
 
 def read_modules(reference: RunDir) -> list[tuple[Attached, nn.Module]]:
-    """The modules of a finished run at birth.
+    """The modules of a finished run at birth, blended in full: what was on its ramp there has none to finish here.
 
     Raises:
         Conflict: REFERENCE_NOT_READY, the run has not finished, or is no grown run.
@@ -98,7 +99,7 @@ def read_modules(reference: RunDir) -> list[tuple[Attached, nn.Module]]:
             reason="REFERENCE_NOT_READY",
             metadata={"run_id": reference.run_id},
         ) from error
-    found = [Attached.from_document(document) for document in documents]
+    found = [replace(Attached.from_document(document), alpha=1.0) for document in documents]
     return [(a, from_bundle(a.kernel_id, (folder / _file(a.kernel_id)).read_bytes())) for a in found]
 
 

@@ -354,6 +354,17 @@ class TestStatic:
         assert 3.0 == attached.learning_rate_scale
         assert attached.newborn_steps > 0
 
+    def test_the_twin_of_a_run_that_ended_on_a_ramp_is_exported(self, make_run, kernel_cache):
+        """The grown network keeps the blend factor that it ended with; its twin has the module in full, and says so."""
+        grown = make_run("grown", arm=Arm.GROWN)
+        assert grow(grown, kernel_cache) == 0
+        modules = grown.path / "modules" / "modules.json"
+        # As a blueprint that is not born at zero output would have left it.
+        modules.write_text(json.dumps([{**document, "alpha": 0.4} for document in json.loads(modules.read_text())]))
+        static = make_run("static", arm=Arm.STATIC, reference="grown", artifacts__export=True)
+        assert Session(static, Launch()).run() == 0, static.status().error
+        assert (static.export / "model.pt2").exists()
+
     def test_a_static_twin_resumes_exactly(self, make_run, kernel_cache):
         """Modules and their optimizer state travel in its checkpoints too."""
         grown = make_run("grown", arm=Arm.GROWN, schedule__epochs=7)
