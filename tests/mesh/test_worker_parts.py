@@ -58,6 +58,13 @@ class TestFrames:
         with pytest.raises(FrameError, match="expected a JSON object"):
             decode(b"[" * 100_000, b"")
 
+    @pytest.mark.parametrize("document", [{"a": "\ud800"}, {"a": [{"b": "x\udfff"}]}, {"\udc00": 1}])
+    def test_halves_of_characters_are_refused(self, document):
+        """A text that cannot be written as UTF-8 is refused where it comes in; whole pairs are texts like any other."""
+        with pytest.raises(FrameError, match="half a surrogate pair"):
+            decode(json.dumps(document).encode(), b"")
+        assert {"a": "\U0001f300"} == decode(json.dumps({"a": "\U0001f300"}).encode(), b"")
+
     def test_limit_counts_before_reading(self):
         """A header that promises too much is refused before a byte of it is awaited."""
         with pytest.raises(FrameError, match="message of 300 bytes: expected at most 299"):
@@ -106,6 +113,7 @@ class TestServe:
             (MemoryError(), True),
             (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
             (RuntimeError("std::bad_alloc"), True),
+            (OSError("no file called \udce4"), False),
         ],
     )
     def test_exceptions_are_described(self, tmp_path, monkeypatch, error, memory):
@@ -119,7 +127,11 @@ class TestServe:
 
         failed, fine = self._serve(entry, {"fail": True}, {})
         assert "error" == failed["type"]
-        assert (type(error).__name__, str(error), memory) == (failed["kind"], failed["text"], failed["memory"])
+        assert (type(error).__name__, str(error).replace("\udce4", "?"), memory) == (
+            failed["kind"],
+            failed["text"],
+            failed["memory"],
+        )
         assert "in entry" in failed["traceback"]
         assert "result" == fine["type"]
 

@@ -5,6 +5,7 @@ of 8 bytes (lengths of the JSON and of all blobs), the JSON, the blobs. Bytes ma
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ __all__ = ["HEADER", "FrameError", "decode", "encode", "lengths", "read_frame"]
 HEADER = struct.Struct(">II")
 _BLOBS = "\0blobs"
 """Key of the table of blobs; a NUL keeps it apart from every name that a job could use."""
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Perhaps half a surrogate pair: a text with a single one can be neither logged nor sent on."""
 
 
 class FrameError(ValueError):
@@ -50,7 +53,7 @@ def decode(text: bytes, blobs: bytes) -> dict[str, Any]:
     """Read a message.
 
     Raises:
-        FrameError: no JSON object, or its table does not cover the blobs exactly.
+        FrameError: no JSON object, a text that is not Unicode, or its table does not cover the blobs exactly.
     """
     try:
         message = json.loads(text)
@@ -58,6 +61,8 @@ def decode(text: bytes, blobs: bytes) -> dict[str, Any]:
         raise FrameError(f"message: expected a JSON object, found {error}") from error
     if not isinstance(message, dict):
         raise FrameError(f"message: expected a JSON object, found {type(message).__name__}")
+    if _HALF.search(text) and not _encodable(message):
+        raise FrameError("message: expected texts of Unicode, found half a surrogate pair")
     table = message.pop(_BLOBS, [])
     at = 0
     try:
@@ -69,6 +74,14 @@ def decode(text: bytes, blobs: bytes) -> dict[str, Any]:
     if at != len(blobs):
         raise FrameError(f"message: table names {at} bytes of blobs, found {len(blobs)}")
     return message
+
+
+def _encodable(message: dict[str, Any]) -> bool:
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def read_frame(read: Callable[[int], bytes], limit: int) -> dict[str, Any]:

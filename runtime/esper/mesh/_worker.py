@@ -95,14 +95,19 @@ def serve(source: BinaryIO, sink: BinaryIO, entry: Entry, limit: int) -> None:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """An exception as data: its class, its text, its traceback, and whether memory was what it lacked."""
-    text = str(error)
+    text = _unicode(str(error))
     lack = isinstance(error, MemoryError) or any(word in text.lower() for word in _NO_MEMORY)
     return {
         "kind": type(error).__name__,
         "text": text[:_MAX_TEXT],
-        "traceback": "".join(traceback.format_exception(error))[-_MAX_TEXT:],
+        "traceback": _unicode("".join(traceback.format_exception(error)))[-_MAX_TEXT:],
         "memory": lack,
     }
+
+
+def _unicode(text: str) -> str:
+    """The text without halves of surrogate pairs, which stand for odd bytes in names of files."""
+    return text.encode(errors="replace").decode()
 
 
 def main(argument: str) -> None:

@@ -1,6 +1,7 @@
 """What the sandbox sends, read with the suspicion that code of strangers deserves; torch-free."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from esper.kasmina.kernels.signing import CheckResult, Figure
 from esper.mesh.errors import InvalidInput
 from esper.urabrask.checks import CHECKS
 
-__all__ = ["Findings", "check_from", "findings_from"]
+__all__ = ["Findings", "check_from", "findings_from", "shown"]
 
 MAX_NAME = 64
 MAX_FINDING = 1024
@@ -37,6 +38,11 @@ class Findings:
         return tuple(check.name for check in self.checks) == _NAMES and all(check.passed for check in self.checks)
 
 
+def shown(value: object) -> str:
+    """A value in words, however long or deep it is."""
+    return reprlib.repr(value)[:200]
+
+
 def check_from(document: object) -> CheckResult:
     """One result.
 
@@ -48,7 +54,7 @@ def check_from(document: object) -> CheckResult:
         or document.get("name") not in _NAMES
         or type(document.get("passed")) is not bool
     ):
-        raise InvalidInput(f"sandbox: expected the result of a check, found {document!r:.200}")
+        raise InvalidInput(f"sandbox: expected the result of a check, found {shown(document)}")
     return CheckResult(
         name=document["name"],
         passed=document["passed"],
@@ -72,7 +78,7 @@ def findings_from(document: Mapping[str, Any]) -> Findings:
     figures = []
     for entry in _entries(document, "measurements", MAX_FIGURES):
         if not isinstance(entry, Mapping):
-            raise InvalidInput(f"sandbox: expected a measurement, found {entry!r:.200}")
+            raise InvalidInput(f"sandbox: expected a measurement, found {shown(entry)}")
         name, unit = _text(entry.get("name"), MAX_NAME), _text(entry.get("unit"), MAX_UNIT)
         figures.append(Figure(name, _number(entry.get("value")), unit))
     tags = tuple(_text(tag, MAX_TAG) for tag in _entries(document, "tags", MAX_TAGS))
@@ -82,18 +88,21 @@ def findings_from(document: Mapping[str, Any]) -> Findings:
 def _entries(document: Mapping[str, Any], key: str, most: int) -> list[Any]:
     entries = document.get(key)
     if not isinstance(entries, list) or len(entries) > most:
-        raise InvalidInput(f"sandbox: expected at most {most} {key}, found {entries!r:.200}")
+        raise InvalidInput(f"sandbox: expected at most {most} {key}, found {shown(entries)}")
     return entries
 
 
 def _text(value: object, most: int) -> str:
     if not isinstance(value, str):
-        raise InvalidInput(f"sandbox: expected a text, found {value!r:.80}")
-    # The limits of the contract count bytes.
-    return value.encode()[:most].decode(errors="ignore")
+        raise InvalidInput(f"sandbox: expected a text, found {shown(value)}")
+    # The limits of the contract count bytes; halves of surrogate pairs have none.
+    return value.encode(errors="replace")[:most].decode(errors="ignore")
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidInput(f"sandbox: expected a finite number, found {value!r:.80}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass  # an integer beyond every float
+    raise InvalidInput(f"sandbox: expected a finite number, found {shown(value)}")

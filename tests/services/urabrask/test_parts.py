@@ -49,6 +49,14 @@ def passing():
     }
 
 
+def nested(depth):
+    """A list in a list in a list."""
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 class TestFindings:
     def test_all_checks_passed(self):
         """Every check present and passed is a pass."""
@@ -72,6 +80,7 @@ class TestFindings:
             lambda d: d["checks"][0].update(passed=1),
             lambda d: d["checks"][0].update(finding=None),
             lambda d: d["checks"][0].update(elapsed_ms=float("nan")),
+            lambda d: d["checks"][0].update(elapsed_ms=10**400),
             lambda d: d["checks"].__setitem__(0, "fine"),
             lambda d: d.update(checks="fine"),
             lambda d: d.update(measurements=[1]),
@@ -79,6 +88,8 @@ class TestFindings:
             lambda d: d.update(measurements=[{"name": "x", "unit": "us", "value": True}]),
             lambda d: d.update(measurements=[{"name": "x", "unit": "us", "value": 1}] * 65),
             lambda d: d.update(tags=[1]),
+            lambda d: d.update(tags=nested(20_000)),
+            lambda d: d["checks"].__setitem__(0, nested(20_000)),
             lambda d: d.update(tags=["x"] * 33),
             lambda d: d.pop("target"),
         ],
@@ -95,6 +106,12 @@ class TestFindings:
         """No JSON value whatever passes for the result of a check without being one."""
         with pytest.raises(InvalidInput):
             check_from(document)
+
+    @given(st.text(st.characters(categories=["Cs", "Lu"]), min_size=1))
+    def test_half_characters_are_replaced(self, text):
+        """A finding that is no Unicode is read all the same, as one that is."""
+        entry = {"name": CHECKS[0].name, "passed": False, "finding": text, "elapsed_ms": 0}
+        assert check_from(entry).finding.encode()
 
     def test_long_texts_are_cut_by_bytes(self):
         """Findings fit the contract's limit in bytes, and stay valid UTF-8."""
