@@ -56,6 +56,7 @@ class Launch:
     memory: int
     file_limit_bytes: int
     max_message_bytes: int
+    max_result_bytes: int
 
     def environment(self) -> dict[str, str]:
         """The worker's whole environment."""
@@ -97,7 +98,7 @@ class Child:
 
     def __init__(self, process: asyncio.subprocess.Process, launch: Launch) -> None:
         self._process = process
-        self._limit = launch.max_message_bytes
+        self._limit = launch.max_result_bytes
         self._directory = launch.directory
         self._files = launch.file_limit_bytes
         self._words: deque[bytes] = deque()

@@ -168,7 +168,11 @@ class WorkerPool:
     recycle_after: int = 64
     """Jobs after which a worker is replaced, since native libraries that a job loaded are never unloaded."""
     max_message_bytes: int = 1 << 30
-    """Largest job, and largest result believed."""
+    """Largest job."""
+    max_result_bytes: int = 1 << 30
+    """Largest result believed, and largest report of progress."""
+    max_reports: int = 1000
+    """Reports of progress that one job may send; a worker that sends more is killed."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -332,6 +336,7 @@ class WorkerPool:
             memory=self.memory_limit_bytes if self.limit_address_space else 0,
             file_limit_bytes=self.file_limit_bytes,
             max_message_bytes=self.max_message_bytes,
+            max_result_bytes=self.max_result_bytes,
         )
 
     async def _attempt(
@@ -371,13 +376,14 @@ class WorkerPool:
         try:
             async with asyncio.timeout(wall_limit_s):
                 await child.send(job)
-                while True:
+                for _ in range(self.max_reports + 1):
                     message = await child.receive()
                     kind = message.get("type")
                     if kind in {"result", "error"}:
                         return message
                     if kind == "progress" and on_progress is not None and isinstance(message.get("value"), dict):
                         on_progress(message["value"])
+                raise WorkerCrashed(f"the worker sent more than {self.max_reports} reports of progress and was killed")
         except TimeoutError as error:
             raise WorkerTimeout(f"the job did not end within {wall_limit_s:g} s and was killed") from error
         except (EOFError, OSError, ValueError) as error:

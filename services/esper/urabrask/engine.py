@@ -5,6 +5,7 @@ which it happened, once it has happened `attempts` times. What becomes of the ma
 gauntlet itself has a defect, the kernel is for another machine) is no finding, and gives `NotJudged`.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,14 +17,14 @@ from esper.mesh.logging import get_logger
 from esper.mesh.workers import WorkerCrashed, WorkerError, WorkerMemory, WorkerPool, WorkerTimeout
 from esper.urabrask.board import Judgement
 from esper.urabrask.checks import CHECKS, GAUNTLET_VERSION
-from esper.urabrask.findings import MAX_FINDING, Findings, check_from, findings_from
+from esper.urabrask.findings import MAX_FINDING, Findings, check_from, findings_from, shown
 from esper.urabrask.keys import KeyRing
 
 __all__ = ["Candidate", "Engine", "NotJudged"]
 
 log = get_logger(__name__)
 
-_NAMES = frozenset(spec.name for spec in CHECKS)
+_NAMES = tuple(spec.name for spec in CHECKS)
 
 
 class NotJudged(Unavailable):
@@ -51,13 +52,18 @@ class _Trace:
     done: list[CheckResult] = field(default_factory=list)
 
     def note(self, progress: dict[str, Any]) -> None:
-        try:
-            if "done" in progress:
-                self.done.append(check_from(progress["done"]))
-            elif progress.get("running") in _NAMES:
-                self.running = progress["running"]
-        except InvalidInput:
-            log.warning("the sandbox reported something unknown", progress=str(progress)[:200])
+        """Take a report, if it is one that the gauntlet would send next: each check once, and in order."""
+        check, name = None, progress.get("running")
+        with contextlib.suppress(InvalidInput):
+            check = check_from(progress["done"]) if "done" in progress else None
+            name = name if check is None else check.name
+        last = _NAMES.index(self.done[-1].name) if self.done else -1
+        if name not in _NAMES or _NAMES.index(name) <= last:
+            log.warning("the sandbox reported nonsense", progress=shown(progress))
+            return
+        self.running = name
+        if check is not None:
+            self.done.append(check)
 
 
 class Engine:

@@ -13,6 +13,7 @@ from esper.mesh.settings import Section
 from esper.mesh.workers import WorkerPool
 from esper.urabrask.bench import Bench, Pace
 from esper.urabrask.board import Board
+from esper.urabrask.checks import CHECKS
 from esper.urabrask.engine import Engine
 from esper.urabrask.keys import KeyRing
 from esper.urabrask.library import UrzaLibrary
@@ -79,6 +80,9 @@ class UrabraskService(Service):
             warm="esper.urabrask.gauntlet.run:warm",
             wall_limit_s=config.wall_limit_s,
             memory_limit_bytes=config.memory_limit_bytes,
+            # What a sandbox says is a few kilobytes, two reports a check; code of strangers could say much more.
+            max_result_bytes=1 << 20,
+            max_reports=4 * len(CHECKS),
             # One thread whatever the machine offers: a measurement must not depend on who else is computing.
             environ={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )

@@ -50,3 +50,18 @@ def slow(job, report):
     report({"running": "bundle.integrity"})
     time.sleep(120)
     return {}
+
+
+def flood(job, report):
+    """Say the same thing over and over."""
+    if "bundle" not in job:
+        return TARGET
+    done = {"name": "bundle.integrity", "passed": True, "finding": "fine", "elapsed_ms": 1.0}
+    report({"running": "bundle.integrity"})
+    while True:
+        report({"done": done})
+
+
+def boast(job, report):
+    """Answer with more than anybody can want to know."""
+    return TARGET if "bundle" not in job else {**TARGET, "checks": ["x" * (1 << 20)]}

@@ -1,5 +1,7 @@
 """The engine with real sandboxes: verdicts, and what becomes of kernels that take the sandbox down."""
 
+import re
+
 import pytest
 
 from esper.kasmina.kernels.bundle import unpack
@@ -65,6 +67,22 @@ async def test_crash_is_a_finding_after_the_attempts(sandbox, engine_of):
     assert "crash: the worker was killed by SIGKILL" in said.checks[-1].finding
     assert said.checks[-1].finding.endswith("(2 attempts)")
     assert not said.passed
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("flood", "crash: the worker sent more than 60 reports of progress and was killed"),
+        ("boast", r"crash: the worker sent no message of \d+ bytes: expected at most 1048576"),
+    ],
+)
+async def test_flooding_is_a_finding(sandbox, engine_of, entry, words):
+    """A sandbox that says too much is killed; of what it repeats, each check counts once."""
+    data = sound()
+    pool = sandbox(f"sandbox_entries:{entry}", max_result_bytes=1 << 20, max_reports=60)
+    said = (await engine_of(pool).judge(candidate_of(data), data)).statement
+    assert re.match(words, said.checks[-1].finding)
+    assert ["bundle.integrity"] == [check.name for check in said.checks]
 
 
 async def test_nonsense_is_a_finding(sandbox, engine_of):
