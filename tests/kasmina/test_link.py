@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
+import weakref
 from dataclasses import replace
 
 import grpc.aio
@@ -340,6 +342,7 @@ class ScriptedUrza(Service, urza_service_pb2_grpc.UrzaServiceServicer):
         self.revoked = False
         self.failures = 0
         self.parts = None
+        self.gate = None
         self.downloads = 0
 
     def register(self, server):
@@ -360,6 +363,8 @@ class ScriptedUrza(Service, urza_service_pb2_grpc.UrzaServiceServicer):
 
     async def DownloadKernel(self, request, context):  # noqa: N802  # the contract's name
         self.downloads += 1
+        if self.gate is not None:
+            await self.gate.wait()
         if self.failures:
             self.failures -= 1
             raise Unavailable("not now")
@@ -504,7 +509,7 @@ async def test_a_quarantined_kernel_leaves_the_cache(open_link, library):
     await on_trainer(_fetch, link, library.id)
     library.state = kernel_pb2.KERNEL_STATE_QUARANTINED
     with pytest.raises(KernelUntrusted, match="QUARANTINED"):
-        # Another signature: the table has it for its own only.
+        # Another signature: it is there for its own only.
         await on_trainer(_refetch, link, library.id)
     library.state = kernel_pb2.KERNEL_STATE_VALIDATED
     assert (await on_trainer(_fetch, link, library.id)).id == library.id
@@ -547,7 +552,7 @@ async def test_advice_fills_the_cache_ahead(make_link, bundle):
         await on_trainer(link.close, 1.0)
 
 
-async def test_the_table_of_kernels_is_bounded(open_link):
+async def test_requests_and_refusals_are_bounded(open_link):
     """More requests than the bound are refused with a reason, or given up if they were mere prefetches."""
     link = open_link(max_kernels=1, call_timeout_s=2.0)
     with pytest.raises(Exception, match=r"fetched already|no kernel"):  # noqa: PT012  # the first refusal of several
@@ -557,7 +562,7 @@ async def test_the_table_of_kernels_is_bounded(open_link):
             for number in range(2, 6):
                 link.kernel(kernel_id(number))
             await asyncio.sleep(0.01)
-    assert len(link._kernels._table) <= 1
+    assert len(link._kernels._refusals) <= 1
 
 
 async def test_a_defect_while_loading_reaches_whoever_asked(open_link, library, monkeypatch):
@@ -567,9 +572,69 @@ async def test_a_defect_while_loading_reaches_whoever_asked(open_link, library, 
     def broken(*_):
         raise RuntimeError("cosmic ray")
 
-    monkeypatch.setattr(link._kernels, "_obtain_blocking", broken)
+    monkeypatch.setattr(link._kernels.cache, "obtain", broken)
     with pytest.raises(Exception, match="RuntimeError: cosmic ray"):
         await on_trainer(_fetch, link, library.id)
+
+
+async def test_a_kernel_is_held_as_long_as_a_seed_uses_it(open_link, library):
+    """Requested it stays, however little room there is; when no seed uses it any more it leaves, and may come back."""
+    link = open_link(loaded_bytes=0)
+    first = weakref.ref(await on_trainer(_fetch, link, library.id))
+    link.hold_kernels([library.id, library.id])
+    link.hold_kernels([library.id])
+    await on_trainer(_let_worker_finish, link)
+    assert link.kernel(library.id) is first() is not None
+    link.hold_kernels([])
+    await until(lambda: link.kernel(library.id) is None)
+    gc.collect()
+    assert first() is None, "nothing but the cache may refer to a kernel that no seed uses"
+    assert 0 == link._kernels.cache.nbytes
+    link.hold_kernels([library.id])
+    assert (await on_trainer(_fetch, link, library.id)).id == library.id
+    assert 1 == library.downloads
+
+
+def _let_worker_finish(link):
+    """Everything that was asked of the link's loop, and then of its worker, has been done."""
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), link._loop).result()
+    link._kernels._worker.submit(lambda: None).result()
+
+
+async def test_a_seed_that_needs_what_is_fetched_ahead_is_told_how_it_goes(open_link, library):
+    """A request that meets a prefetch under way takes it over: refusals are told, and the kernel is held."""
+    gate = asyncio.Event()
+    library.gate = gate
+    link = open_link(loaded_bytes=0)
+    link.prefetch([library.id])
+    await until(lambda: library.downloads)
+    link.request_kernel(library.id, SIGNATURE)
+    await until(lambda: link._kernels._jobs[library.id].wanted is not None)
+    gate.set()
+    assert (await on_trainer(_until_kernel, link, library.id)).id == library.id
+    library.state = kernel_pb2.KERNEL_STATE_QUARANTINED
+    other = open_link()
+    other.prefetch([library.id])
+    other.request_kernel(library.id, SIGNATURE)
+    with pytest.raises(KernelUntrusted, match="QUARANTINED"):
+        await on_trainer(_until_kernel, other, library.id)
+
+
+async def test_nothing_is_fetched_ahead_while_memory_is_scarce(open_link, library):
+    """A prefetch is left alone then; what a seed needs is fetched and held all the same."""
+    link = open_link()
+    link._kernels.cache._available = lambda: 0.01
+    link.hold_kernels([])
+    await until(lambda: not link._kernels.cache.roomy)
+    link.prefetch([library.id])
+    await on_trainer(_let_worker_finish, link)
+    assert {} == link._kernels._jobs
+    assert (await on_trainer(_fetch, link, library.id)).id == library.id
+
+
+def test_a_link_is_made_without_torch(run_python):
+    """Torch is imported by the worker that loads the first kernel, not by whoever makes a link."""
+    run_python("import sys, esper.kasmina.link as l; l.MeshLink('127.0.0.1:1'); assert 'torch' not in sys.modules")
 
 
 async def test_the_whole_way_of_a_kernel(tmp_path, make_link):

@@ -1,7 +1,9 @@
 """Kernels for the training thread: fetched, verified and loaded in the background, handed over when they are there.
 
-Two places work together. The event loop talks to the library (metadata, keys, chunks); one worker thread runs the
-`KernelCache`, whose loading is slow and whose fetching blocks. The training thread only looks into a table.
+Three places work together. The event loop talks to the library (metadata, keys, chunks). Two worker threads run the
+`KernelCache`, whose loading is slow and whose fetching blocks: one for what seeds need, one for what may be needed.
+The training thread only looks: among the refusals, and into the cache, which has the only reference to a kernel that no
+seed uses.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import asyncio
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
+from esper.kasmina.cache import Fetched, KernelCache
 from esper.kasmina.kernels.rejection import KernelRejected, KernelUntrusted
 from esper.kasmina.kernels.signing import PublicKey, SignedVerdict, TrustStore
 from esper.mesh.blobs import BlobAssembler
@@ -33,10 +37,9 @@ from esper.v1 import kernel_pb2, urza_service_pb2
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from esper.kasmina.cache import Fetched, KernelCache
     from esper.kasmina.kernels.kernel import Kernel
     from esper.kasmina.link import LinkSettings
     from esper.kasmina.signature import Signature
@@ -47,8 +50,17 @@ _log = get_logger("esper.kasmina.link")
 _SERVED = frozenset({kernel_pb2.KERNEL_STATE_VALIDATED, kernel_pb2.KERNEL_STATE_ARCHIVED})
 
 
+@dataclass(slots=True)
+class _Job:
+    """One kernel that is on its way."""
+
+    wanted: Signature | None
+    """Where a seed needs it; None while it is fetched ahead."""
+    task: asyncio.Task[None] | None = None
+
+
 class KernelFetcher:
-    """The table of kernels of one link.
+    """The kernels of one link.
 
     Args:
         settings: patience, bounds and pinned keys.
@@ -59,12 +71,21 @@ class KernelFetcher:
     def __init__(self, settings: LinkSettings, channel: Callable[[], grpc.aio.Channel], cache_dir: Path | None) -> None:
         self._settings = settings
         self._channel = channel
-        self._cache_dir = cache_dir
         self._lock = threading.Lock()
-        self._table: OrderedDict[str, Kernel | EsperError] = OrderedDict()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._refusals: OrderedDict[str, EsperError] = OrderedDict()
+        self._jobs: dict[str, _Job] = {}
+        self._held: frozenset[str] = frozenset()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="esper-kernels")
-        self._cache: KernelCache | None = None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="esper-kernels-ahead")
+        self._closed = False
+        self.cache = KernelCache(
+            cache_dir,
+            self._fetch,
+            lambda: self._trust,
+            loaded_bytes=settings.loaded_bytes,
+            memory_bytes=settings.memory_bytes,
+            disk_bytes=settings.disk_bytes,
+        )
         self._trust = TrustStore(settings.pinned_keys)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -76,74 +97,115 @@ class KernelFetcher:
         Raises:
             EsperError: the kernel was refused or could not be fetched.
         """
-        with self._lock:
-            found = self._table.get(kernel_id)
-            if isinstance(found, EsperError):
-                del self._table[kernel_id]
-                raise found
-            if found is not None:
-                self._table.move_to_end(kernel_id)
-            return found
+        if self._refusals:
+            with self._lock:
+                refusal = self._refusals.pop(kernel_id, None)
+            if refusal is not None:
+                raise refusal
+        return self.cache.get(kernel_id)
 
     # Event loop
 
-    def request(self, kernel_id: str, signature: Signature | None) -> None:
-        """Begin to fetch; nothing happens when it is under way or there for the same signature."""
+    def request(self, kernel_id: str, signature: Signature) -> None:
+        """Begin to fetch for a seed, and hold it from now on; at once when it is there for the same signature."""
+        _log.info("kernels_asked", kernel_ids=[kernel_id], ahead=False)
+        if kernel_id not in self._held:
+            self._held |= {kernel_id}
+            self.cache.hold(kernel_id)
         with self._lock:
-            found = self._table.get(kernel_id)
-        there = found is not None and not isinstance(found, EsperError)
-        if kernel_id in self._tasks or (there and signature in {None, found.signature}):  # type: ignore[union-attr]  # `there` says so
+            self._refusals.pop(kernel_id, None)  # of an earlier request
+        job = self._jobs.get(kernel_id)
+        if job is not None:
+            job.wanted = job.wanted or signature
             return
-        if len(self._tasks) >= self._settings.max_kernels:
-            full = LimitExceeded(f"kernel {kernel_id:.80}: {len(self._tasks)} kernels are being fetched already")
-            if signature is not None:
-                self._keep(kernel_id, full)
+        kernel = self.cache.get(kernel_id)
+        if kernel is not None and kernel.signature == signature:
             return
+        needed = sum(other.wanted is not None for other in self._jobs.values())
+        if needed >= self._settings.max_kernels:
+            self._refuse(kernel_id, LimitExceeded(f"kernel {kernel_id:.80}: {needed} are being fetched already"))
+        else:
+            self._begin(kernel_id, signature)
+
+    def request_ahead(self, kernel_ids: Sequence[str]) -> None:
+        """Begin to fetch what is likely to be needed; what is there counts as asked for, what is too much is left."""
+        _log.info("kernels_asked", kernel_ids=list(kernel_ids), ahead=True)
+        for kernel_id in kernel_ids:
+            known = kernel_id in self._jobs or self.cache.get(kernel_id) is not None
+            if not known and len(self._jobs) < self._settings.max_kernels and self.cache.roomy:
+                self._begin(kernel_id, None)
+
+    def hold_only(self, kernel_ids: Sequence[str]) -> None:
+        """Hold these kernels and let go of all others; the cache also looks whether memory has become scarce."""
+        if self._closed:
+            return
+        wanted = frozenset(kernel_ids)
+        fresh, gone, self._held = wanted - self._held, self._held - wanted, wanted
+        for kernel_id in fresh:
+            self.cache.hold(kernel_id)
+        self._worker.submit(self._let_go, gone)
+
+    def _begin(self, kernel_id: str, wanted: Signature | None) -> None:
         self._loop = asyncio.get_running_loop()
-        task = self._loop.create_task(self._fetch_and_keep(kernel_id, signature))
-        self._tasks[kernel_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(kernel_id, None))
+        job = self._jobs[kernel_id] = _Job(wanted)
+        job.task = self._loop.create_task(self._run(kernel_id, job))
 
     async def close(self) -> None:
-        """Give up what is under way; loaded kernels stay in the table."""
-        tasks = list(self._tasks.values())
+        """Give up what is under way; loaded kernels stay in the cache."""
+        self._closed = True
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for worker in (self._worker, self._ahead):
+            worker.shutdown(wait=False, cancel_futures=True)
+        _log.info("kernel_cache_closed", **asdict(self.cache.stats))
 
-    def _keep(self, kernel_id: str, found: Kernel | EsperError) -> None:
+    def _refuse(self, kernel_id: str, refusal: EsperError) -> None:
         with self._lock:
-            self._table[kernel_id] = found
-            self._table.move_to_end(kernel_id)
-            while len(self._table) > self._settings.max_kernels:
-                self._table.popitem(last=False)
+            self._refusals[kernel_id] = refusal
+            self._refusals.move_to_end(kernel_id)
+            while len(self._refusals) > self._settings.max_kernels:
+                self._refusals.popitem(last=False)
 
-    async def _fetch_and_keep(self, kernel_id: str, signature: Signature | None) -> None:
+    async def _run(self, kernel_id: str, job: _Job) -> None:
+        refusal: EsperError | None = None
         try:
-            found: Kernel | EsperError = await self._persist(kernel_id, signature)
+            await self._persist(kernel_id, job)
             _log.info("kernel_ready", kernel_id=kernel_id)
         except EsperError as error:
-            found = error
+            refusal = error
         except Exception as error:  # noqa: BLE001  # a defect must reach whoever asked, not die with a task
             _log.exception("kernel_fetch_failed", kernel_id=kernel_id)
-            found = InternalError(f"kernel {kernel_id:.80} could not be loaded: {type(error).__name__}: {error!s:.300}")
-        if isinstance(found, EsperError):
-            _log.warning("kernel_refused", kernel_id=kernel_id, reason=found.reason, detail=found.public)
-            if signature is None:
-                return  # a mere prefetch; whoever needs it will ask and be told
-        self._keep(kernel_id, found)
+            refusal = InternalError(
+                f"kernel {kernel_id:.80} could not be loaded: {type(error).__name__}: {error!s:.300}"
+            )
+        finally:
+            # Here and not in a callback: until that ran, a request would take this job for one under way.
+            del self._jobs[kernel_id]
+        if refusal is not None:
+            _log.warning("kernel_refused", kernel_id=kernel_id, reason=refusal.reason, detail=refusal.public)
+            # Fetched ahead it disturbs nobody; whoever needs it will ask and be told.
+            if job.wanted is not None:
+                self._refuse(kernel_id, refusal)
 
-    async def _persist(self, kernel_id: str, signature: Signature | None) -> Kernel:
+    async def _persist(self, kernel_id: str, job: _Job) -> None:
         """Obtain a kernel through trouble that may pass.
 
         Raises:
             EsperError: refused, or still failing after the last attempt.
         """
+        wanted = job.wanted
+        await self._attempt(kernel_id, wanted)
+        if job.wanted is not wanted:
+            # Fetched ahead it may not have been kept; now a seed needs it, and holds it.
+            await self._attempt(kernel_id, job.wanted)
+
+    async def _attempt(self, kernel_id: str, wanted: Signature | None) -> None:
         settings = self._settings
         for attempt in range(1, settings.kernel_attempts + 1):
             try:
-                return await self._obtain(kernel_id, signature)
+                await self._obtain(kernel_id, wanted)
             except KernelRejected:
                 raise
             except (Unavailable, DeadlineMissed, Cancelled, LimitExceeded, Corrupt) as error:
@@ -151,14 +213,15 @@ class KernelFetcher:
                     raise
                 _log.info("kernel_fetch_retried", kernel_id=kernel_id, attempt=attempt, reason=error.reason)
                 await asyncio.sleep(min(settings.probe_max_s, settings.probe_initial_s * 2**attempt))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            else:
+                return
 
     async def _obtain(self, kernel_id: str, signature: Signature | None) -> Kernel:
         away = await self._refresh(kernel_id)
         if away is not None and not self._trust.keys:
             raise away
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._obtain_blocking, kernel_id, signature)
+        worker = self._ahead if signature is None else self._worker
+        return await asyncio.get_running_loop().run_in_executor(worker, self.cache.obtain, kernel_id, signature)
 
     async def _refresh(self, kernel_id: str) -> EsperError | None:
         """Learn the keys in force and whether this kernel is still served; why not, when the library is away.
@@ -178,8 +241,7 @@ class KernelFetcher:
                 return translated
             raise translated from error
         if known.kernel.state not in _SERVED:
-            if self._cache is not None:
-                self._cache.forget(kernel_id)
+            await asyncio.to_thread(self.cache.forget, kernel_id)
             state = kernel_pb2.KernelState.Name(known.kernel.state).removeprefix("KERNEL_STATE_")
             raise KernelUntrusted(kernel_id, [f"the library holds it as {state}, and only validated kernels run"])
         return None
@@ -192,18 +254,15 @@ class KernelFetcher:
             return TrustStore(keys)
         return TrustStore([*self._settings.pinned_keys, *(key for key in keys if key.key_id in pinned)])
 
-    # Worker thread
+    # Worker threads
 
-    def _obtain_blocking(self, kernel_id: str, signature: Signature | None) -> Kernel:
-        if self._cache is None:
-            # Late and here: it imports torch, and its disk must not be waited for on the loop.
-            from esper.kasmina.cache import KernelCache
-
-            self._cache = KernelCache(self._cache_dir, self._fetch, lambda: self._trust)
-        return self._cache.obtain(kernel_id, signature)
+    def _let_go(self, kernel_ids: frozenset[str]) -> None:
+        for kernel_id in kernel_ids:
+            self.cache.release(kernel_id)
+        self.cache.relieve()
 
     def _fetch(self, kernel_id: str) -> Fetched:
-        assert self._loop is not None  # `request` set it
+        assert self._loop is not None  # `_begin` set it
         return asyncio.run_coroutine_threadsafe(self._download(kernel_id), self._loop).result()
 
     # Event loop again
@@ -214,8 +273,6 @@ class KernelFetcher:
         Raises:
             EsperError: the library's refusal, or a stream that is not what was promised.
         """
-        from esper.kasmina.cache import Fetched  # late: imports torch, which the cache on the worker thread did
-
         request = urza_service_pb2.DownloadKernelRequest(kernel_id=kernel_id)
         assembler: BlobAssembler | None = None
         verdict: SignedVerdict | None = None

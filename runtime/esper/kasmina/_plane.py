@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from esper.kasmina.control import Stage
 from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable
 
+    from esper.kasmina._lifecycle import Lifecycle
     from esper.kasmina.control import Advice, BoundaryState, ControlPlane, FieldReport, HealthColumns, RunHello
     from esper.kasmina.signature import Signature
 
@@ -52,6 +54,12 @@ class GuardedPlane:
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
         """Begin to fetch."""
         self._try("request_kernel", lambda plane: plane.request_kernel(kernel_id, signature))
+
+    def hold_kernels(self, life: Lifecycle) -> None:
+        """Hold what its seeds use or wait for, and nothing else, so that no way of ending a life has to release."""
+        used = (r for r in life.runs.values() if r.kernel is not None or life.stage(r.index) is Stage.LOADING)
+        kernel_ids = tuple(dict.fromkeys(run.choice.kernel_id for run in used))
+        self._try("hold_kernels", lambda plane: plane.hold_kernels(kernel_ids))
 
     def kernel(self, kernel_id: str) -> object | None:
         """The kernel, or None while it is on its way.

@@ -331,7 +331,10 @@ class ControlPlane(Protocol):
         """The answer to this boundary, or None when none came within the deadline or the controller is away."""
 
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
-        """Begin to fetch, verify and load a kernel in the background; idempotent."""
+        """Begin to fetch, verify and load a kernel in the background, and hold it; idempotent."""
+
+    def hold_kernels(self, kernel_ids: Sequence[str]) -> None:
+        """Hold these kernels and let go of all others: what living and fossilized seeds use, told at each boundary."""
 
     def prefetch(self, kernel_ids: Sequence[str]) -> None:
         """Begin to fetch what is likely to be wanted soon; failures are forgotten, `request_kernel` will tell."""

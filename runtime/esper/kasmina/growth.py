@@ -221,6 +221,7 @@ class Growth:
                 "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs"
             )
         self.measurer.forget()
+        self.plane.hold_kernels(self.life)
         report = BoundaryReport(
             self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)
         )
@@ -363,6 +364,7 @@ class Growth:
             InvalidInput: `state` belongs to another model.
         """
         _checkpoint.load(self, state, kernels, locks or {})
+        self.plane.hold_kernels(self.life)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End observation and deliver what is buffered; fossilized and living seeds stay in the model as they are."""

@@ -63,7 +63,13 @@ class LinkSettings:
     kernel_attempts: int = 5
     """Attempts to fetch a kernel through trouble that may pass."""
     max_kernels: int = 64
-    """Kernels under way, and kernels and refusals remembered."""
+    """Kernels under way for seeds, kernels under way altogether when one is fetched ahead, and refusals remembered."""
+    loaded_bytes: int = 512 << 20
+    """Bound of the loaded kernels that no seed uses."""
+    memory_bytes: int = 128 << 20
+    """Bound of the compressed bundles in memory."""
+    disk_bytes: int = 8 << 30
+    """Bound of the bundles in the directory of the cache."""
     max_bundle_bytes: int = 256 << 20
     """Largest bundle that is taken."""
     pinned_keys: tuple[PublicKey, ...] = ()
@@ -133,8 +139,12 @@ class MeshLink:
 
     def prefetch(self, kernel_ids: Sequence[str]) -> None:
         """Begin to fetch, verify and load what is likely to be wanted soon; failures are forgotten."""
-        for kernel_id in kernel_ids:
-            self._post(self._kernels.request, kernel_id, None)
+        if kernel_ids:
+            self._post(self._kernels.request_ahead, tuple(kernel_ids))
+
+    def hold_kernels(self, kernel_ids: Sequence[str]) -> None:
+        """Keep these kernels loaded, and those requested from now on; any other may leave the cache."""
+        self._post(self._kernels.hold_only, tuple(kernel_ids))
 
     def kernel(self, kernel_id: str) -> Kernel | None:
         """The loaded kernel, or None while it is not there.

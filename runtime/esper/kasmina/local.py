@@ -40,6 +40,7 @@ class LocalPlane:
         self.policy = advise
         self.hello: RunHello | None = None
         self.requested: list[str] = []
+        self.held: tuple[str, ...] = ()
         self.reports: deque[FieldReport] = deque(maxlen=_KEPT)
         self.events: deque[tuple[str, dict[str, object]]] = deque(maxlen=_KEPT)
         self.health: deque[HealthColumns] = deque(maxlen=_KEPT)
@@ -62,6 +63,10 @@ class LocalPlane:
         """Remember that it was asked for."""
         del signature
         self.requested.append(kernel_id)
+
+    def hold_kernels(self, kernel_ids: Sequence[str]) -> None:
+        """Remember which are in use; all that are at hand stay."""
+        self.held = tuple(kernel_ids)
 
     def kernel(self, kernel_id: str) -> object | None:
         """The kernel at hand, or None."""

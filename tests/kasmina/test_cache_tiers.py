@@ -1,17 +1,20 @@
-"""The kernel cache: fast hits, one load for many askers, verification on every promotion, bounded memory and disk."""
+"""The kernel cache: fast hits, one load for many askers, verification on every promotion, bounded tiers, pins."""
 
+import gc
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 import torch
+import zstandard
 
 from esper.kasmina.blueprints import get
-from esper.kasmina.cache import DiskStore, Fetched, KernelCache
+from esper.kasmina.cache import LOADED_OVERHEAD_BYTES, DiskStore, Fetched, KernelCache
 from esper.kasmina.kernels import (
     KernelCorrupt,
     KernelUnfit,
@@ -19,6 +22,7 @@ from esper.kasmina.kernels import (
     PublicKey,
     SigningKey,
     Statement,
+    Target,
     Tier,
     TrustStore,
     kernel_id_of,
@@ -48,6 +52,11 @@ class Library:
         if self.error is not None:
             raise self.error
         return Fetched(self.bundles[kernel_id], verdict_of(kernel_id))
+
+
+def charge(library, *kernel_ids):
+    """What loaded kernels are accounted for."""
+    return sum(len(library.bundles[kernel_id]) + LOADED_OVERHEAD_BYTES for kernel_id in kernel_ids)
 
 
 def verdict_of(kernel_id):
@@ -86,7 +95,8 @@ def make(tmp_path, library, trusted):
     """Makes caches over one directory, as restarted processes do."""
 
     def cache(directory=tmp_path / "kernels", **keywords):
-        return KernelCache(directory, library.fetch, lambda: TrustStore(trusted), **keywords)
+        defaults = {"available": lambda: 1.0, "target": Target.here()}
+        return KernelCache(directory, library.fetch, lambda: TrustStore(trusted), **(defaults | keywords))
 
     return cache
 
@@ -100,8 +110,8 @@ def test_a_kernel_comes_from_the_library_once_and_from_memory_ever_after(make, l
     assert [kernel_id] == library.fetches
     assert kernel_id in cache
     stats = cache.stats
-    assert (2, 2, 0, 1) == (stats.hits, stats.misses, stats.disk_hits, stats.fetches)
-    assert cache.nbytes == kernel.nbytes
+    assert (2, 1, 0, 1) == (stats.hits, stats.misses, stats.disk_hits, stats.fetches)
+    assert cache.nbytes == charge(library, kernel_id)
 
 
 def test_a_hit_costs_microseconds(make, library):
@@ -207,37 +217,50 @@ def test_an_unsigned_kernel_is_never_kept(make, library, tmp_path):
     assert store.read(library.ids[0]) is None
 
 
-def test_memory_is_bounded_and_the_oldest_use_goes_first(make, library):
-    """With room for two, the third kernel evicts the one that nobody used since."""
-    size = max(len(b) for b in library.bundles.values())
-    cache = make(memory_bytes=2 * size)
+def test_loaded_kernels_are_bounded_and_what_is_asked_for_stays(make, library):
+    """With room for two, the third kernel replaces the one that nobody asked for since."""
     first, second, third = library.ids
+    cache = make(loaded_bytes=max(charge(library, first, k) for k in (second, third)))
     cache.obtain(first)
     cache.obtain(second)
     cache.get(first)
     cache.obtain(third)
-    assert (True, False, True) == tuple(k in cache for k in (first, second, third))
-    assert cache.nbytes <= 2 * size
-    assert 1 == cache.stats.evictions
+    cache.obtain(third)
+    assert first in cache
+    assert cache.nbytes == charge(library, *(k for k in library.ids if k in cache)) <= charge(library, *library.ids[:2])
+    assert 1 == cache.stats.evictions + cache.stats.declined
 
 
-def test_kernels_in_use_stay(make, library):
-    """A pinned kernel is not evicted; its release makes room at once."""
-    cache = make(memory_bytes=len(library.bundles[library.ids[0]]))
+def test_a_kernel_that_is_not_kept_is_given_all_the_same(make, library):
+    """Where all that is there is in use, a newcomer goes to its asker and not into the account."""
+    cache = make(loaded_bytes=charge(library, library.ids[0]))
     first, second, _ = library.ids
-    cache.obtain(first)
     with cache.pin(first):
-        cache.obtain(second)
-        assert first in cache
-        assert second not in cache
-    assert cache.get(first) is not None
-    cache.obtain(second)
-    assert first not in cache
+        cache.obtain(first)
+        assert second == cache.obtain(second).id
+        assert (True, False) == (first in cache, second in cache)
+    assert (0, 1) == (cache.stats.evictions, cache.stats.declined)
+    assert cache.nbytes == charge(library, first)
+
+
+def test_kernels_in_use_stay_loaded_and_others_free_their_memory(make, library):
+    """The cache has the only reference to a kernel that nobody uses: once evicted it is gone; a pinned one is not."""
+    cache = make(loaded_bytes=1)
+    first, second, _ = library.ids
+    with cache.pin(first):
+        pinned = weakref.ref(cache.obtain(first))
+        passing = weakref.ref(cache.obtain(second))
+        gc.collect()
+        assert passing() is None
+        assert cache.get(first) is pinned() is not None
+    gc.collect()
+    assert pinned() is None
+    assert 0 == cache.nbytes
 
 
 def test_uses_are_counted(make, library):
     """Two users hold a kernel until both have let go, and nobody can let go more often."""
-    cache = make(memory_bytes=1)
+    cache = make(loaded_bytes=1)
     cache.hold(library.ids[0])
     cache.hold(library.ids[0])
     cache.obtain(library.ids[0])
@@ -255,20 +278,23 @@ def test_forgetting_leaves_nothing(make, library, tmp_path):
     cache.obtain(library.ids[0])
     cache.forget(library.ids[0])
     assert library.ids[0] not in cache
-    assert 0 == cache.nbytes
+    assert (0, 0, 0) == (cache.nbytes, cache.compressed_nbytes, cache.disk_nbytes)
     assert not entry_of(tmp_path, library.ids[0]).exists()
     cache.forget(library.ids[0])
 
 
 def test_the_disk_is_bounded_and_the_oldest_use_goes_first(make, library, tmp_path):
-    """With room for two on disk the third entry removes the one used longest ago."""
-    size = max(len(b) for b in library.bundles.values())
+    """With room for two on disk, verdicts included, the third entry removes the one used longest ago."""
+    size = max(len(b) for b in library.bundles.values()) + 2048
     cache = make(disk_bytes=2 * size)
     for age, kernel_id in zip((300, 200), library.ids, strict=False):
         cache.obtain(kernel_id)
         os.utime(entry_of(tmp_path, kernel_id), (time.time() - age,) * 2)
     cache.obtain(library.ids[2])
     assert [False, True, True] == [entry_of(tmp_path, kernel_id).exists() for kernel_id in library.ids]
+    files = [path for path in (tmp_path / "kernels").rglob("*") if path.is_file()]
+    assert 4 == len(files)
+    assert cache.disk_nbytes == sum(path.stat().st_size for path in files)
 
 
 def test_a_full_disk_costs_only_the_disk_entry(make, library, tmp_path, monkeypatch, capfd):
@@ -278,21 +304,21 @@ def test_a_full_disk_costs_only_the_disk_entry(make, library, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     cache = make()
-    monkeypatch.setattr("esper.kasmina.cache.os.fsync", full)
+    monkeypatch.setattr("esper.kasmina.cache.disk.os.fsync", full)
     assert cache.obtain(library.ids[0]).id == library.ids[0]
     assert [] == [p for p in (tmp_path / "kernels").rglob("*") if p.is_file()]
     assert "No space left" in capfd.readouterr().err
 
 
-def test_what_a_killed_process_left_is_cleared_away(make, tmp_path):
-    """Old temporary files go at the start, those of a living neighbour stay."""
+def test_what_a_killed_process_left_is_cleared_away(make, library, tmp_path):
+    """Old temporary files go at the first use, those of a living neighbour stay."""
     folder = tmp_path / "kernels" / "ab"
     folder.mkdir(parents=True)
     old, young = folder / ".tmp-old", folder / ".tmp-young"
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    make()
+    make().obtain(library.ids[0])
     assert (False, True) == (old.exists(), young.exists())
 
 
@@ -311,7 +337,7 @@ def test_odd_ids_cannot_leave_the_directory(make):
 
 def test_threads_may_do_everything_at_once(make, library):
     """Obtain, get, pin and forget from many threads keep the account of bytes true."""
-    cache = make(memory_bytes=2 * len(library.bundles[library.ids[0]]))
+    cache = make(loaded_bytes=charge(library, *library.ids[:2]))
     stop = threading.Event()
 
     def work(number):
@@ -330,7 +356,7 @@ def test_threads_may_do_everything_at_once(make, library):
         time.sleep(0.8)
         stop.set()
     assert all(flight.result() > 0 for flight in flights)
-    assert cache.nbytes == sum(len(library.bundles[k]) for k in library.ids if k in cache)
+    assert cache.nbytes == charge(library, *(k for k in library.ids if k in cache))
 
 
 def test_verdicts_survive_the_disk(library, tmp_path):
@@ -339,3 +365,102 @@ def test_verdicts_survive_the_disk(library, tmp_path):
     fetched = Fetched(b"bundle", replace(verdict_of(library.ids[0]), signature=bytes(range(64))))
     store.write(library.ids[0], fetched)
     assert fetched == store.read(library.ids[0])
+
+
+def test_a_kernel_that_landed_in_between_is_not_loaded_again(make, library, monkeypatch):
+    """Whoever found nothing, and comes to load only when another has, takes that one: loaded and accounted for once."""
+    cache, kernel_id = make(), library.ids[0]
+    look, landed = cache.get, []
+
+    def get(wanted):
+        found = look(wanted)
+        if not landed:
+            landed.append(None)
+            landed[0] = cache.obtain(kernel_id)
+        return found
+
+    monkeypatch.setattr(cache, "get", get)
+    assert cache.obtain(kernel_id) is landed[0]
+    assert [kernel_id] == library.fetches
+    assert cache.nbytes == charge(library, kernel_id)
+
+
+def test_a_kernel_that_is_forgotten_on_its_way_is_not_kept(make, library):
+    """A quarantine that comes during the download holds for what the download brings."""
+    cache, kernel_id = make(), library.ids[0]
+    fetch = library.fetch
+
+    def slow(wanted):
+        cache.forget(kernel_id)
+        return fetch(wanted)
+
+    cache._fetch = slow
+    assert cache.obtain(kernel_id).id == kernel_id
+    assert kernel_id not in cache
+    assert (0, 0, 0) == (cache.nbytes, cache.compressed_nbytes, cache.disk_nbytes)
+
+
+def test_an_unloaded_kernel_comes_back_from_compressed_memory(make, library):
+    """Without a disk and with the library away, the compressed bundle suffices; it is much smaller than the bundle."""
+    cache, kernel_id = make(directory=None, loaded_bytes=0), library.ids[0]
+    cache.obtain(kernel_id)
+    assert kernel_id not in cache
+    assert 0 < cache.compressed_nbytes < len(library.bundles[kernel_id]) / 2
+    library.error = Unavailable("the library is away")
+    assert cache.obtain(kernel_id).id == kernel_id
+    assert (1, 1) == (cache.stats.memory_hits, cache.stats.fetches)
+
+
+@pytest.mark.parametrize("harm", ["bundle", "frame", "size"])
+def test_a_damaged_bundle_in_memory_is_never_loaded(make, library, harm):
+    """Digests are verified on the way up from memory too; what does not hold is dropped and taken from below."""
+    cache, kernel_id = make(loaded_bytes=0), library.ids[0]
+    cache.obtain(kernel_id)
+    packed = cache._memory._packed[kernel_id]
+    if harm == "bundle":
+        changed = bytearray(library.bundles[kernel_id])
+        changed[len(changed) // 2] ^= 1
+        data = zstandard.compress(bytes(changed))
+    else:
+        data = packed.data[: len(packed.data) // 2] if harm == "frame" else zstandard.compress(b"another")
+    cache._memory._packed[kernel_id] = packed._replace(data=data)
+    assert cache.obtain(kernel_id).id == kernel_id
+    assert (0, 1, 1) == (cache.stats.memory_hits, cache.stats.disk_hits, cache.stats.fetches)
+    cache.obtain(kernel_id)
+    assert 1 == cache.stats.memory_hits
+
+
+def test_trust_is_asked_again_on_the_way_up_from_memory(make, library, trusted):
+    """A signer that was revoked since the bundle was compressed is not believed."""
+    cache = make(directory=None, loaded_bytes=0)
+    cache.obtain(library.ids[0])
+    trusted.append(PublicKey(KEY.public.raw, revoked=True))
+    with pytest.raises(KernelUntrusted, match="revoked"):
+        cache.obtain(library.ids[0])
+    assert 0 == cache.compressed_nbytes
+
+
+def test_scarce_memory_shrinks_the_cache_to_what_is_in_use(make, library):
+    """First compressed bundles go, then kernels that nobody holds; held ones stay; it grows again afterwards."""
+    share = [1.0]
+    cache = make(available=lambda: share[0])
+    first, second, third = library.ids
+    cache.hold(first)
+    for kernel_id in library.ids:
+        cache.obtain(kernel_id)
+    share[0] = 0.125
+    cache.relieve()
+    assert 0 == cache.compressed_nbytes
+    assert all(kernel_id in cache for kernel_id in library.ids)
+    assert cache.roomy
+    share[0] = 0.04
+    cache.relieve()
+    assert [True, False, False] == [kernel_id in cache for kernel_id in library.ids]
+    assert not cache.roomy
+    assert second == cache.obtain(second).id
+    assert second not in cache
+    share[0] = 0.5
+    cache.relieve()
+    cache.obtain(third)
+    assert third in cache
+    assert cache.compressed_nbytes > 0
