@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup system demo test coverage check format gen serve clean bench docs-performance \
-        bench-contracts bench-control bench-growth bench-mesh bench-tamiyo
+        bench-cache bench-contracts bench-control bench-growth bench-mesh bench-tamiyo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ format: setup ## format code and contracts in place
 
 gen: setup ## regenerate gen/ from proto/
 	tools/gen.sh
+
+bench-cache: setup ## hit latency of the kernel cache, hit ratios against LRU and the optimum, as JSON lines
+	$(BIN)/python -m loadtests.bench_cache
 
 bench-contracts: setup ## sizes and codec times of the contracts, as JSON lines
 	$(BIN)/python -m loadtests.bench_contracts

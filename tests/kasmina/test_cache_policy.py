@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from esper.kasmina.cache.policy import GreedyDual
 from esper.kasmina.cache.pressure import Allowance, allowance, available_share
+from loadtests._policies import Lru, Ours, hits, most_hits
+from loadtests.bench_cache import SHARES, recorded
 
 
 def ask(policy, key, size):
@@ -84,6 +86,33 @@ def test_of_equals_the_one_used_longest_ago_leaves():
     policy.touch("c")
     policy.touch("c")
     assert ["b"] == policy.put("c", 1)
+
+
+def test_recorded_runs_hit_more_often_than_with_lru():
+    """The reason to have a policy, on requests of real runs; and no policy beats the bound that it is compared with."""
+    traces, _ = recorded()
+    together = traces[-1]
+    ours = lru = 0
+    for share in SHARES:
+        room = int(share * together.footprint)
+        found = hits(Ours(room), together.keys, together.sizes)
+        ours, lru = ours + found, lru + hits(Lru(room), together.keys, together.sizes)
+        assert found <= most_hits(together.keys, together.sizes, room) + 1e-6
+    assert ours > lru
+
+
+@pytest.mark.parametrize(
+    ("trace", "sizes", "room", "expected"),
+    [
+        ("abab", {"a": 1, "b": 1}, 1, 1),  # one of the two can stay
+        ("abab", {"a": 1, "b": 1}, 2, 2),
+        ("abcabc", {"a": 2, "b": 1, "c": 1}, 2, 2),  # rather the two small ones
+        ("aa", {"a": 2}, 1, 0),  # never fits
+    ],
+)
+def test_the_bound_is_what_foresight_reaches(trace, sizes, room, expected):
+    """Small traces whose best is plain."""
+    assert pytest.approx(expected) == most_hits(list(trace), sizes, room)
 
 
 requests = st.lists(
