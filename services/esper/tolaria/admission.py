@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esper.mesh.errors import Conflict, LimitExceeded, NotFound
+from esper.mesh.errors import Conflict, InvalidInput, LimitExceeded, NotFound
 from esper.tolaria.core import Arm
 from esper.tolaria.data.files import find_cifar10
 
@@ -21,9 +21,17 @@ def check_request(spec: RunSpec, config: RunConfig, store: RunStore) -> None:
     """Refuse a run whose data are missing or whose reference does not fit.
 
     Raises:
+        InvalidInput: OVERRIDE_INVALID, the seed has a place of its own.
         Conflict: DATA_MISSING, REFERENCE_WRONG, REFERENCE_NOT_GROWN.
         NotFound: RUN_NOT_FOUND, for the reference.
     """
+    if "seed" in spec.overrides:
+        raise InvalidInput(
+            f"override 'seed': expected the seed beside the overrides (use --seed), found {spec.overrides['seed']!r} "
+            "among them",
+            reason="OVERRIDE_INVALID",
+            metadata={"path": "seed"},
+        )
     if config.data.kind == "cifar10":
         find_cifar10(config.data.dir)
     if (spec.arm is Arm.STATIC) != bool(spec.reference_run_id):

@@ -165,6 +165,8 @@ async def test_requests_that_can_never_succeed_are_refused_before_anything_start
             await client.start(spec(**{"schedule.epoch": 3}))
         async with refused(InvalidInput, "OVERRIDE_INVALID"):
             await client.start(spec(**{"schedule.epochs": "many"}))
+        async with refused(InvalidInput, "OVERRIDE_INVALID"):
+            await client.start(spec(seed=7))
         async with refused(Conflict, "DATA_MISSING"):
             await client.start(spec(recipe="cifar10", **{"data.dir": str(tmp_path)}))
         async with refused(Conflict, "REFERENCE_WRONG"):
