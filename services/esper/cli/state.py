@@ -1,5 +1,6 @@
 """What every command shares: settings, where to write, and how errors become exit codes."""
 
+import errno
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-from esper.mesh.errors import Code, EsperError, InvalidInput, from_rpc_error
+from esper.mesh.errors import Code, EsperError, InternalError, InvalidInput, from_rpc_error
 
 if TYPE_CHECKING:
     from esper.cli.command_settings import CommandSettings
@@ -184,6 +185,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             # What we find wrong before anyone is asked is a matter of usage; the mesh's own refusals are RpcErrors.
             code = ExitCode.USAGE if isinstance(error, InvalidInput) else None
             raise typer.Exit(report(error, code)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # whoever read our output has read enough; click ends quietly
+            where = f"{error.filename}: " if error.filename else ""
+            fault = InternalError(f"{where}{error.strerror or error}", reason="FILE_ERROR")
+            raise typer.Exit(report(fault, ExitCode.FAILED)) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(ExitCode.INTERRUPTED) from error
 
