@@ -1,10 +1,12 @@
 """`esper runs`: training runs, past and present."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from esper.cli.comparison import check_folder, compared_runs, report
 from esper.cli.connection import Mesh, connect
 from esper.cli.following import exit_code, follow, pause_all, terminated_like_interrupted
 from esper.cli.live import Board, arm_name, state_name
@@ -95,6 +97,8 @@ def _print(state: State, run: Run) -> None:
     if run.error:
         out.print(f"  error       {run.error}", markup=False)
     out.print(f"  recipe      {run.spec.recipe}, seed {run.spec.seed}", markup=False)
+    if run.spec.group:
+        out.print(f"  compared    in {run.spec.group}", markup=False)
     out.print(f"  progress    {progress.phase}, epoch {progress.epoch:.1f}/{progress.epochs:.0f}", markup=False)
     if progress.last_decision:
         out.print(f"  decision    {progress.last_decision}", markup=False)
@@ -176,6 +180,23 @@ def resume(
             if mesh.own:
                 pause_all(state, mesh, [run])
             raise
+
+
+@app.command("compare", epilog="Example: esper runs compare digits-1f9c03ab --report report")
+@command
+def compare(
+    context: typer.Context,
+    group: Annotated[str, typer.Argument(help="Name of the comparison, as 'esper train --compare' said it.")],
+    report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for the report.", file_okay=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Report a comparison that was interrupted, once its runs have been resumed and have succeeded."""
+    state = state_of(context).with_json(as_json)
+    folder = report_dir or state.settings.home / "reports" / group
+    with connect(state, start=True) as mesh:
+        runs = compared_runs(state, mesh, group)
+        check_folder(folder)
+        report(state, mesh, runs, folder, compared=True)
 
 
 @app.command("stop", epilog="Example: esper runs stop digits-20261123-201500-k3f9")

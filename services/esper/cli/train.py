@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import grpc
 import typer
 
-from esper.cli.artifacts import fetch_all
+from esper.cli.comparison import check_folder, report, tell_unfinished
 from esper.cli.connection import Mesh, connect
 from esper.cli.following import exit_code, follow, pause_all, terminated_like_interrupted
-from esper.cli.live import FINAL_STATES, Board, state_name
-from esper.cli.report import print_comparison, print_run
-from esper.cli.state import ExitCode, State, command, state_of
-from esper.mesh.errors import InvalidInput, Unsupported, from_rpc_error
+from esper.cli.live import FINAL_STATES, Board
+from esper.cli.state import State, command, state_of
+from esper.mesh.errors import InvalidInput, from_rpc_error
 from esper.v1 import tolaria_service_pb2
 from esper.v1.run_pb2 import ARM_GROWN, ARM_HOST, ARM_STATIC, Arm, Run, RunSpec, RunState
 
@@ -28,7 +27,7 @@ EXAMPLES = (
     "Examples: esper train digits --compare | esper train digits --seed 3 --set schedule.epochs=20 | "
     "esper train cifar10 --data-dir cifar-10-batches-bin"
 )
-_REPORT_FILES = frozenset({"report.json", "report.html"})
+_SEEDS = 3
 
 
 @dataclass
@@ -83,6 +82,12 @@ class _Session:
                 if from_rpc_error(error).reason != "RUN_NOT_RUNNING":  # it has failed with its reference
                     raise
 
+    def tell_group(self) -> None:
+        """Say how to come to the report of a comparison that does not end here."""
+        if self.group:
+            text = f"once all of its runs have succeeded, report with: esper runs compare {self.group}"
+            self.state.errors.print(text, markup=False, soft_wrap=True)
+
 
 @command
 def train(
@@ -92,7 +97,10 @@ def train(
     compare: Annotated[
         bool, typer.Option("--compare", help="Train the host without growth and a static net of the final size too.")
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="With --compare: how many seeds.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, max=100, help="With --compare: how many seeds.", show_default=str(_SEEDS)),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,
@@ -104,10 +112,13 @@ def train(
 
     Uses the mesh that runs on --home or at --mesh, else starts one for as long as the training lasts; the mesh decides
     how many runs train at one time (tolaria.max_parallel_runs). Ctrl-C pauses the run at its next step; 'esper runs
-    resume' goes on with it.
+    resume' goes on with it, and 'esper runs compare' reports a comparison whose runs were resumed.
     """
     state = state_of(context).with_json(as_json)
+    if seeds is not None and not compare:
+        raise InvalidInput(f"--seeds {seeds}: expected --compare beside it; one run takes its seed from --seed")
     overrides = parse_overrides(settings or ())
+    check_folder(report_dir or state.settings.home / "reports")
     if data_dir is not None:
         overrides["data.dir"] = str(data_dir.absolute())
     board = Board(state.errors if state.json else state.console)
@@ -115,15 +126,17 @@ def train(
         session = _Session(state, mesh, board, recipe, overrides)
         try:
             with board:
-                runs = _compare(session, range(seed, seed + seeds)) if compare else _single(session, seed)
+                runs = _compare(session, range(seed, seed + (seeds or _SEEDS))) if compare else _single(session, seed)
         except KeyboardInterrupt:
             pause_all(state, mesh, list(session.started.values()))
+            session.tell_group()
             raise
-        ended = _tell_failures(state, runs)
-        if ended == ExitCode.OK:
-            folder = report_dir or state.settings.home / "reports" / (session.group or runs[0].id)
-            _report(session, runs, folder)
-    raise typer.Exit(ended)
+        unfinished = tell_unfinished(state, runs)
+        if unfinished:
+            session.tell_group()
+            raise typer.Exit(max(map(exit_code, unfinished)))
+        folder = report_dir or state.settings.home / "reports" / (session.group or runs[0].id)
+        report(state, mesh, runs, folder, compared=compare)
 
 
 def _single(session: _Session, seed: int) -> list[Run]:
@@ -150,47 +163,6 @@ def _compare(session: _Session, seeds: Sequence[int]) -> list[Run]:
     finally:
         # Not waited for: after an interrupt they end when the channel closes.
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _tell_failures(state: State, runs: Sequence[Run]) -> int:
-    """Name the runs that did not succeed; gives the exit code."""
-    unfinished = [run for run in runs if run.state != RunState.RUN_STATE_SUCCEEDED]
-    for run in unfinished:
-        state.errors.print(f"run {run.id} {state_name(run)}: {run.error}".rstrip(": "), markup=False, soft_wrap=True)
-        if run.state in {RunState.RUN_STATE_PAUSED, RunState.RUN_STATE_INTERRUPTED}:
-            state.errors.print(f"go on with: esper runs resume {run.id}", markup=False, soft_wrap=True)
-    return max((exit_code(run) for run in unfinished), default=ExitCode.OK) if unfinished else ExitCode.OK
-
-
-def _report(session: _Session, runs: Sequence[Run], folder: Path) -> None:
-    state = session.state
-    if any(run.state != RunState.RUN_STATE_SUCCEEDED for run in runs):
-        return  # paused by somebody else: there is nothing to report yet
-    if session.group:
-        _write_comparison(session, runs, folder)
-    else:
-        fetch_all(session.mesh, runs[0].id, folder, names=_REPORT_FILES)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if state.json:
-        state.emit(report)
-        return
-    show = print_comparison if session.group else print_run
-    show(state.console, report, folder / "report.html")
-
-
-def _write_comparison(session: _Session, runs: Sequence[Run], folder: Path) -> None:
-    """Fetch the report of each run and set them side by side here: the mesh may be on another machine."""
-    try:
-        from esper.tolaria.report import write_comparison
-    except ImportError as error:
-        raise Unsupported(
-            f"the comparison of {len(runs)} runs needs the extra 'train' (pip install 'esper[train]'): "
-            f"found no {error.name}"
-        ) from error
-    run_dirs = [folder / "runs" / run.id for run in runs]
-    for run, run_dir in zip(runs, run_dirs, strict=True):
-        fetch_all(session.mesh, run.id, run_dir, names=_REPORT_FILES)
-    write_comparison(run_dirs, folder)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def test_export_loads_without_esper(mesh_cli, finished_run, tmp_path):
     files = json.loads(mesh_cli("export", finished_run[0], "--to", tmp_path / "again", "--json").stdout)["files"]
     assert 3 == len(files)
     assert "RUN_NOT_FOUND" in mesh_cli("export", "digits-none", code=3).stderr
+    (tmp_path / "file").touch()
+    refused = mesh_cli("export", finished_run[0], "--to", tmp_path / "file" / "out", code=1).stderr
+    assert f"error {tmp_path}/file/out" in refused
+    assert "Not a directory (FILE_ERROR)" in refused
 
 
 def test_a_comparison_over_a_remote_mesh(cli, running_mesh, tmp_path):
@@ -92,11 +96,20 @@ def test_a_comparison_over_a_remote_mesh(cli, running_mesh, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert ["grown", "host", "static"] == [arm["arm"] for arm in report["arms"]]
     assert report["verdict"] in shown.stdout
-    groups = {
-        run["spec"].get("group")
-        for run in json.loads(cli("--mesh", running_mesh.address, "runs", "list", "--json").stdout)
-    }
-    assert [group for group in groups if group and group.startswith("digits-")]
+    (grown,) = (
+        path.name for path in (tmp_path / "runs").iterdir() if (path / "report.json").exists() and is_grown(path)
+    )
+    group = json.loads(cli("--mesh", running_mesh.address, "runs", "show", grown, "--json").stdout)["spec"]["group"]
+    assert group in cli("--mesh", running_mesh.address, "runs", "show", grown).stdout
+    later = ("runs", "compare", group, "--report", tmp_path / "later", "--json")
+    assert report == json.loads(cli("--mesh", running_mesh.address, *later).stdout)
+    assert (tmp_path / "later" / "report.html").exists()
+    assert "GROUP_NOT_FOUND" in cli("--mesh", running_mesh.address, "runs", "compare", "digits-none", code=3).stderr
+
+
+def is_grown(run_dir):
+    """Whether a folder holds the report of a grown run."""
+    return json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["arm"] == "grown"
 
 
 def test_interrupted_paused_resumed_stopped(mesh_cli, running_mesh, client, esper):
@@ -151,7 +164,7 @@ def test_a_run_resumed_to_its_end(mesh_cli, client):
     assert "succeeded" == state_of_run(client, run_id)
 
 
-def test_a_comparison_whose_grown_run_does_not_succeed(running_mesh, client, esper):
+def test_a_comparison_whose_grown_run_does_not_succeed(mesh_cli, running_mesh, client, esper):
     """The command ends once every run has: the static twin, which would wait for ever, pauses with its grown run."""
     trainer = esper("--home", running_mesh.home, "train", "digits", "--compare", "--seeds", 1, *LONG)
     static = trainer.line_with("waits for run").split()[0]
@@ -161,16 +174,18 @@ def test_a_comparison_whose_grown_run_does_not_succeed(running_mesh, client, esp
     ids = {run.id for run in client.tolaria.ListRuns(listing, timeout=5).runs}
     assert f"waits for run {grown}" == twin.progress.phase
     (host,) = ids - {static, grown}
-    client.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=host), timeout=30)
-    client.tolaria.PauseRun(tolaria_service_pb2.PauseRunRequest(run_id=grown), timeout=5)
+    for run_id in (host, grown):
+        client.tolaria.PauseRun(tolaria_service_pb2.PauseRunRequest(run_id=run_id), timeout=5)
     _, error = trainer.communicate(timeout=120)
-    assert 1 == trainer.returncode
-    assert f"run {host} stopped" in error
-    for run_id in (grown, static):
+    assert 0 == trainer.returncode
+    for run_id in ids:
         assert f"run {run_id} paused\ngo on with: esper runs resume {run_id}" in error
+    assert f"report with: esper runs compare {twin.spec.group}" in error
+    assert "found 3 of 3 that have not" in mesh_cli("runs", "compare", twin.spec.group, code=5).stderr
     assert f"waits for run {grown}, which is paused" == resumed_phase(client, static)
-    for run_id in (static, grown):
+    for run_id in ids:
         client.tolaria.StopRun(tolaria_service_pb2.StopRunRequest(run_id=run_id), timeout=30)
+    assert "COMPARISON_STOPPED" in mesh_cli("runs", "compare", twin.spec.group, code=5).stderr
 
 
 def run_of(client, run_id):
@@ -204,6 +219,11 @@ def test_what_a_user_does_wrong(mesh_cli, tmp_path):
     assert "expected one of cifar10, digits, stdlib-lm" in mesh_cli("train", "digit", code=3).stderr
     assert "did you mean 'epochs'" in mesh_cli("train", "digits", "--set", "schedule.epoch=3", code=5).stderr
     assert "schedule.epochs" in mesh_cli("train", "digits", "--set", "schedule.epochs=many", code=5).stderr
+    assert "use --seed" in mesh_cli("train", "digits", "--set", "seed=7", code=5).stderr
+    assert "--compare" in mesh_cli("train", "digits", "--seeds", 5, code=2).stderr
+    (tmp_path / "file").touch()
+    refused = mesh_cli("train", "digits", "--report", tmp_path / "file" / "report", code=2).stderr
+    assert f"cannot be written to {tmp_path}/file/report: Not a directory" in refused
     assert "--set: expected KEY=VALUE" in mesh_cli("train", "digits", "--set", "epochs", code=2).stderr
     assert "--data-dir" in mesh_cli("train", "cifar10", code=5).stderr
     missing = mesh_cli("train", "cifar10", "--data-dir", tmp_path, code=5).stderr
