@@ -1,12 +1,14 @@
 """The training process's desk: words from the service come in, status and events go out, all on a thread of its own.
 
 The training thread sets and reads plain attributes; files are touched by the desk's thread only. Status is coalesced
-(the newest counts), events are kept until written, up to a bound.
+(the newest counts), events are kept until written, up to a bound; the oldest go first.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections import deque
 from datetime import UTC, datetime
@@ -16,6 +18,8 @@ from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from esper.tolaria.core import Status
     from esper.tolaria.rundir import RunDir
 
@@ -70,11 +74,18 @@ class Desk:
             self._events.append(line)
 
     def close(self, last: Status | None = None) -> None:
-        """Write everything, the last status durably, and end the thread."""
+        """Write everything, the last status durably, and end the thread.
+
+        Raises:
+            OSError: the last status could not be written; what else could not be is logged.
+        """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._write()
+        try:
+            self._write()
+        except OSError as error:  # the last word counts, not those before it
+            _log.warning("events lost", count=len(self._events), error=str(error))
         if last is not None:
             self._run_dir.write_status(last, durable=True)
 
@@ -92,11 +103,43 @@ class Desk:
             self._command = command.word
 
     def _write(self) -> None:
+        """Write what is new; what could not be written stays for the next time."""
+        try:
+            self._write_events()
+        finally:
+            self._write_status()
+
+    def _write_events(self) -> None:
+        with self._guard:
+            events, self._events = list(self._events), deque(maxlen=_MAX_EVENTS)
+        if not events:
+            return
+        try:
+            _append(self._run_dir.path / "events.jsonl", events)
+        except OSError:
+            with self._guard:
+                self._events = deque([*events, *self._events], maxlen=_MAX_EVENTS)
+            raise
+
+    def _write_status(self) -> None:
         with self._guard:
             status, self._status = self._status, None
-            events, self._events = list(self._events), deque(maxlen=_MAX_EVENTS)
-        if events:
-            with (self._run_dir.path / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, default=str) + "\n" for line in events)
-        if status is not None:
+        if status is None:
+            return
+        try:
             self._run_dir.write_status(status)
+        except OSError:
+            with self._guard:
+                if self._status is None:  # nothing newer was said meanwhile
+                    self._status = status
+            raise
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add lines to a file, all of them or none: half a line would damage the one that follows it."""
+    data = "".join(json.dumps(line, default=str) + "\n" for line in lines).encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) != len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,6 +232,51 @@ class TestDesk:
             desk._stop.wait(0.05)
         desk.close()
         assert "pause" == desk.command
+
+    def test_events_wait_for_room_on_the_disk(self, make_run):
+        """What a full disk refused is written once there is room, in order; the status does not wait for it."""
+        run_dir = make_run()
+        desk, events = Desk(run_dir, 1), run_dir.path / "events.jsonl"
+        events.symlink_to("/dev/full")
+        for step in range(3):
+            desk.event("tick", step=step)
+            desk.say(STATUS)
+            with pytest.raises(OSError, match="No space"):
+                desk._write()
+            assert STATUS == run_dir.status()
+        events.unlink()
+        desk.event("tick", step=3)
+        desk.close()
+        assert [0, 1, 2, 3] == [json.loads(line)["step"] for line in events.read_text().splitlines()]
+
+    def test_half_a_line_is_taken_back(self, make_run):
+        """A disk that becomes full within a line leaves the lines before it whole."""
+        run_dir = make_run()
+        desk, events = Desk(run_dir, 1), run_dir.path / "events.jsonl"
+        desk.event("tick", step=0)
+        desk._write()
+        whole = events.read_text()
+        desk.event("tick", step=1)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+        try:
+            with pytest.raises(OSError, match="No space"):
+                desk._write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert whole == events.read_text()
+        desk.close()
+        assert [0, 1] == [json.loads(line)["step"] for line in events.read_text().splitlines()]
+
+    def test_the_last_word_is_said_although_events_cannot_be(self, make_run):
+        """A run that succeeded has succeeded, whatever becomes of its events."""
+        run_dir = make_run()
+        desk = Desk(run_dir, 1)
+        (run_dir.path / "events.jsonl").symlink_to("/dev/full")
+        desk.event("end")
+        last = replace(STATUS, state=RunState.SUCCEEDED, result=RESULT)
+        desk.close(last)
+        assert last == run_dir.status()
 
     def test_the_first_word_counts_for_signals(self, make_run):
         """A stop is not turned into a pause by a signal that follows it."""
