@@ -59,7 +59,7 @@ CHECKS: tuple[CheckSpec, ...] = (
     ),
     CheckSpec(
         "birth.parameters",
-        "The initial parameters are finite and what the blueprint's rules can draw: zeros, ones, or inside the bound.",
+        "The initial parameters are, bit by bit, what the blueprint's rules draw from the manifest's seed.",
     ),
     CheckSpec(
         "birth.output",
@@ -81,8 +81,8 @@ CHECKS: tuple[CheckSpec, ...] = (
     CheckSpec("behaviour.purity", "Forward and backward leave input, gradient and parameters as they were."),
     CheckSpec(
         "behaviour.extremes",
-        "Zeros, tiny and large inputs give what eager gives, the largest return at all; NaN and infinity show in their "
-        "own sample where eager shows them, and in no other.",
+        "Zeros, tiny and large inputs give outputs and gradients as eager gives them, the largest return at all; NaN "
+        "and infinity show in their own sample where eager shows them, and in no other's output or gradient.",
     ),
     CheckSpec("cost.memory", "Peak memory of forward and backward stays within a multiple of eager's."),
     CheckSpec(

@@ -160,6 +160,16 @@ HOSTILE = {
         "behaviour.extremes",
         "NaN in a sample: expected the other samples' outputs untouched",
     ),
+    "NaN gradient at zero": (
+        lambda: twisted(lambda d, x, p: d + x.square().sum(-1, keepdim=True).sqrt() * 0),
+        "behaviour.extremes",
+        "zeros: expected numbers in x where eager has them, found a difference in",
+    ),
+    "mixes gradients": (
+        lambda: twisted(lambda d, x, p: d + (y := (x * (~x.isfinite()).any()).sum(-1, keepdim=True)) - y.detach()),
+        "behaviour.extremes",
+        "NaN in a sample: expected the other samples' gradients untouched",
+    ),
     "hides NaN": (
         lambda: twisted(lambda d, x, p: torch.where(d.isnan(), 0.0, d)),
         "behaviour.extremes",
@@ -178,7 +188,12 @@ HOSTILE = {
     "loud parameters": (
         lambda: with_parameters(lambda n, v: v + 1 if n == "out.weight" else v),
         "birth.parameters",
-        r"out.weight: expected values from 0 to 0 \(zero\), found 1 to 1",
+        "out.weight: expected what the rules draw from seed 0, from 0 to 0, found other values, from 1 to 1",
+    ),
+    "constant parameters": (
+        lambda: with_parameters(lambda n, v: torch.full_like(v, 0.01) if n == "down.weight" else v),
+        "birth.parameters",
+        "down.weight: expected what the rules draw from seed 0, from .* found other values, from 0.01 to 0.01",
     ),
     "NaN parameters": (
         lambda: with_parameters(lambda n, v: v * float("nan") if n == "down.weight" else v),

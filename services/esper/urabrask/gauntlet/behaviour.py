@@ -1,6 +1,6 @@
 """behaviour.*: causality, determinism, purity, and what becomes of inputs that no training step should see."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -8,12 +8,14 @@ from torch import Tensor
 from esper.kasmina.signature import Layout
 from esper.urabrask.checks import TOLERANCES
 from esper.urabrask.gauntlet.correctness import gradients_of
-from esper.urabrask.gauntlet.subject import Refuted, Subject, deviation
+from esper.urabrask.gauntlet.subject import Refuted, Subject, deviation, rms, same_bits
 
 __all__ = ["causal_as_claimed", "deterministic", "extremes_as_eager", "pure"]
 
 _TOKENS = 9
 _REPEATS = 3
+OUTPUT = "the output"
+"""Its name beside those of the gradients."""
 
 
 def causal_as_claimed(subject: Subject) -> str:
@@ -52,7 +54,7 @@ def deterministic(subject: Subject) -> str:
     for extents in (*subject.all_extents[:_REPEATS], subject.nominal_extents):
         gradients_of(module, subject.input(extents, seed=26), subject.cotangent(extents, seed=27))
         again = _everything(module, x, cotangent)
-        if differing := [name for name in first if not _same_bits(first[name], again[name])]:
+        if differing := [name for name in first if not same_bits(first[name], again[name])]:
             raise Refuted(f"expected the same bits again, found others in {', '.join(differing)[:300]}")
     return f"{_REPEATS + 1} repeats, bitwise equal"
 
@@ -65,7 +67,7 @@ def pure(subject: Subject) -> str:
     before = {name: value.detach().clone() for name, value in held.items()}
 
     def unchanged(what: str) -> None:
-        if changed := [name for name in held if not _same_bits(before[name], held[name])]:
+        if changed := [name for name in held if not same_bits(before[name], held[name])]:
             raise Refuted(f"expected {what} to change nothing, found changes in {', '.join(changed)[:300]}")
 
     with torch.no_grad():
@@ -79,13 +81,7 @@ def pure(subject: Subject) -> str:
 def _everything(module: torch.nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         output = module(x)
-    return {"the output": output, **gradients_of(module, x, cotangent)}
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # Byte by byte, so that NaN equals itself and the two zeros differ.
-    pair = [t.detach().contiguous().view(torch.uint8) for t in (a, b)]
-    return pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1])
+    return {OUTPUT: output, **gradients_of(module, x, cotangent)}
 
 
 _CASES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
@@ -96,39 +92,55 @@ _CASES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 
 
 def extremes_as_eager(subject: Subject) -> str:
-    """behaviour.extremes: as eager in the same dtype, sample by sample."""
+    """behaviour.extremes: outputs and gradients as eager in the same dtype, sample by sample."""
     module, eager = subject.generic(), subject.eager(subject.generic_parameters())
-    usual = subject.input(subject.generic_extents, seed=30)
+    usual, cotangent = (
+        subject.input(subject.generic_extents, seed=30),
+        subject.cotangent(subject.generic_extents, seed=31),
+    )
     wrong: list[str] = []
-    with torch.no_grad():
-        for name, make in _CASES:
-            wrong += _differences(subject, name, module(make(usual)), eager(make(usual)))
-        # Near the largest number sums overflow, or not, by the order of their terms, which nothing prescribes: all that
-        # is asked is that the call returns.
-        module(usual / usual.abs().max() * torch.finfo(usual.dtype).max)
-        calm = module(usual)
-        for name, value in (("NaN", float("nan")), ("infinity", float("inf"))):
-            poisoned = usual.clone()
-            poisoned[0].flatten()[0] = value
-            wrong += _spread(name, module(poisoned), eager(poisoned), calm)
+    for name, make in _CASES:
+        wrong += _differences(
+            subject, name, _everything(module, make(usual), cotangent), _everything(eager, make(usual), cotangent)
+        )
+    # Near the largest number sums overflow, or not, by the order of their terms, which nothing prescribes: all that is
+    # asked is that the calls return.
+    _everything(module, usual / usual.abs().max() * torch.finfo(usual.dtype).max, cotangent)
+    calm = _everything(module, usual, cotangent)
+    for name, value in (("NaN", float("nan")), ("infinity", float("inf"))):
+        poisoned = usual.clone()
+        poisoned[0].flatten()[0] = value
+        wrong += _spread(name, _everything(module, poisoned, cotangent), _everything(eager, poisoned, cotangent), calm)
     if wrong:
         raise Refuted("; ".join(wrong))
     return "zeros, tiny and large inputs as eager; NaN and infinity show in their own sample only"
 
 
-def _differences(subject: Subject, name: str, found: Tensor, expected: Tensor) -> Iterator[str]:
-    sound = torch.isfinite(expected)
-    if wrong := int((torch.isfinite(found) != sound).sum()):
-        yield f"{name}: expected numbers exactly where eager has them, found a difference in {wrong} elements"
-        return
+def _differences(
+    subject: Subject, case: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Iterator[str]:
     # Both sides round, on inputs that amplify it: ten times what is allowed against the exact reference.
-    allowed = 10 * TOLERANCES[subject.signature.dtype].outputs
-    if sound.any() and (share := deviation(found[sound], expected[sound])) > allowed:
-        yield f"{name}: expected a deviation from eager of at most {allowed:g}, found {share:.2g}"
+    tolerance = TOLERANCES[subject.signature.dtype]
+    # As in numerics.gradients: a small gradient is judged on the scale of the large ones.
+    floor = 1e-3 * max(rms(e[torch.isfinite(e)]) for name, e in expected.items() if name != OUTPUT)
+    for name, e in expected.items():
+        sound = torch.isfinite(e)
+        if wrong := int((torch.isfinite(found[name]) != sound).sum()):
+            yield f"{case}: expected numbers in {name} where eager has them, found a difference in {wrong} elements"
+            continue
+        allowed = 10 * (tolerance.outputs if name == OUTPUT else tolerance.gradients)
+        share = deviation(found[name][sound], e[sound], 0.0 if name == OUTPUT else floor)
+        if share > allowed:
+            yield f"{case}: expected a deviation of {name} from eager of at most {allowed:g}, found {share:.2g}"
 
 
-def _spread(name: str, found: Tensor, expected: Tensor, calm: Tensor) -> Iterator[str]:
-    if bool(torch.isfinite(found[0]).all()) and not bool(torch.isfinite(expected[0]).all()):
-        yield f"{name} in a sample: expected it to show in that sample's output, found only finite numbers"
-    if not _same_bits(found[1:], calm[1:]):
-        yield f"{name} in a sample: expected the other samples' outputs untouched, found changes"
+def _spread(
+    case: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], calm: Mapping[str, Tensor]
+) -> Iterator[str]:
+    own, reference = found[OUTPUT][0], expected[OUTPUT][0]
+    if bool(torch.isfinite(own).all()) and not bool(torch.isfinite(reference).all()):
+        yield f"{case} in a sample: expected it to show in that sample's output, found only finite numbers"
+    # Gradients of parameters sum over samples, so they alone may know.
+    for name, words in ((OUTPUT, "outputs"), ("x", "gradients")):
+        if not same_bits(found[name][1:], calm[name][1:]):
+            yield f"{case} in a sample: expected the other samples' {words} untouched, found changes"

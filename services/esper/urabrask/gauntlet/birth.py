@@ -6,7 +6,7 @@ from torch import Tensor
 from esper.kasmina.blueprints.ir import Birth
 from esper.urabrask.checks import LIVING_SHARE
 from esper.urabrask.gauntlet.correctness import gradients_of
-from esper.urabrask.gauntlet.subject import Refuted, Subject, finite, rms
+from esper.urabrask.gauntlet.subject import Refuted, Subject, finite, rms, same_bits
 
 __all__ = ["born_by_the_rules", "born_living", "born_silent"]
 
@@ -16,21 +16,23 @@ ten times the usual, so that what flows back through a zero-born matrix is well 
 
 
 def born_by_the_rules(subject: Subject) -> str:
-    """birth.parameters: zeros are zeros, ones are ones, the rest is finite and inside its bound."""
+    """birth.parameters: bit by bit what the blueprint's rules draw from the manifest's seed."""
     values = dict(subject.born().named_parameters())
-    for spec in subject.plan.parameter_specs:
-        value = values[spec.name].detach().double()
+    seed = subject.kernel.manifest.seed
+    for name, drawn in subject.drawn_parameters(seed).items():
+        value = values[name].detach()
         if not finite(value):
-            raise Refuted(f"parameter {spec.name}: expected finite numbers, found NaN or infinity")
-        low, high = {"zero": (0.0, 0.0), "one": (1.0, 1.0)}.get(spec.init, (-spec.bound, spec.bound))
-        # Rounding to the kernel's dtype may carry a draw past the bound by one unit in the last place.
-        slack = spec.bound * float(torch.finfo(subject.dtype).eps)
-        if value.numel() and (float(value.min()) < low - slack or float(value.max()) > high + slack):
+            raise Refuted(f"parameter {name}: expected finite numbers, found NaN or infinity")
+        if not same_bits(value, drawn):
             raise Refuted(
-                f"parameter {spec.name}: expected values from {low:g} to {high:g} ({spec.init}), "
-                f"found {float(value.min()):g} to {float(value.max()):g}"
+                f"parameter {name}: expected what the rules draw from seed {seed}, {_range(drawn)}, "
+                f"found other values, {_range(value)}"
             )
-    return f"{len(values)} tensors as their rules say"
+    return f"{len(values)} tensors as the rules draw them from seed {seed}"
+
+
+def _range(value: Tensor) -> str:
+    return f"from {float(value.min()):g} to {float(value.max()):g}"
 
 
 def born_silent(subject: Subject) -> str:

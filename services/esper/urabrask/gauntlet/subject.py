@@ -17,7 +17,7 @@ from esper.kasmina.blueprints.plan import Plan
 from esper.kasmina.kernels.kernel import Kernel, KernelModule
 from esper.kasmina.signature import Layout, Signature
 
-__all__ = ["Refuted", "Subject", "deviation", "finite", "rms"]
+__all__ = ["Refuted", "Subject", "deviation", "finite", "rms", "same_bits"]
 
 # Batch of 1, primes, and beyond the size at which kernels are traced; extents of 1 and unequal ones.
 _EXTENTS: Mapping[Layout, tuple[tuple[int, ...], ...]] = {
@@ -137,3 +137,9 @@ def deviation(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     scale = max(rms(expected), floor, 1e-30)
     worst = (found.detach().double() - expected.detach().double()).abs().max() if found.numel() else torch.zeros(())
     return float(worst) / scale
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal byte by byte, so that NaN equals itself and the two zeros differ."""
+    pair = [t.detach().contiguous().view(torch.uint8) for t in (a, b)]
+    return pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1])
