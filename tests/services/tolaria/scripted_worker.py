@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from esper.tolaria.worker import Launch, Session
 
 
 class ScriptedPlane(LocalPlane):
-    """Follows a plan: kernel_id, site, germinate and cull (boundaries), fossilize (bool), silent (boundaries)."""
+    """Follows a plan.
+
+    Keys: kernel_id, site, germinate and cull (boundaries), fossilize (bool), silent (boundaries), hold (the boundary at
+    which it thinks for ever).
+    """
 
     def __init__(self, plan: dict[str, Any], cache_dir: str) -> None:
         kernels = {}
@@ -38,6 +43,8 @@ class ScriptedPlane(LocalPlane):
 
     def decide(self, state: BoundaryState) -> Advice | None:
         """The script, as a pure function of the state."""
+        while state.boundary == self.plan.get("hold"):
+            time.sleep(1)
         if state.boundary in self.plan.get("silent", []):
             return None
         decisions = []

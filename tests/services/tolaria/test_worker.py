@@ -7,13 +7,12 @@ import json
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from esper.mesh.errors import Conflict
-from esper.tolaria import trainer, worker
+from esper.tolaria import data, trainer, worker
 from esper.tolaria.checkpoints import CheckpointStore
 from esper.tolaria.core import Arm, RunState
 from esper.tolaria.growing import HostNetwork
@@ -49,7 +48,7 @@ class TestHost:
         assert status.result.final_parameters == status.result.host_parameters > 0
         assert [1, 2, 3] == [e["boundary"] for e in json.loads((run_dir.path / "history.json").read_text())]
         assert {"adaptations": [], "decisions": []} == json.loads((run_dir.path / "lineage.json").read_text())
-        assert "training" in {json.loads(line)["kind"] for line in _lines(run_dir)} | {"training"}
+        assert {"process", "boundary", "end"} <= {json.loads(line)["kind"] for line in _lines(run_dir)}
 
     def test_equal_runs_have_equal_weights_and_other_seeds_others(self, make_run):
         """The digest of the weights is a function of configuration and seed."""
@@ -63,7 +62,7 @@ class TestHost:
 
     def test_flops_are_three_forwards_a_sample_and_one_per_validation(self, make_run):
         """Training counts forward and twice that for backward; each validation counts its forwards."""
-        from esper.tolaria import data, hosts
+        from esper.tolaria import hosts
         from esper.tolaria.flops import forward_flops
 
         run_dir = make_run()
@@ -172,6 +171,52 @@ class TestTime:
         result = result_of(run_dir)
         assert 2 * clock.HOUR_S < result["preparation_time_s"] < 3 * clock.HOUR_S
         assert clock.HOUR_S < result["training_time_s"] < 2 * clock.HOUR_S
+
+
+class WatchedData:
+    """A dataset that knows what was asked of it, and gives the test set only after the last step of training."""
+
+    def __init__(self, inner, epochs: int) -> None:
+        self._inner, self._last = inner, (epochs - 1, inner.steps_per_epoch - 1)
+        self.steps, self.validations, self.tests = [], 0, []
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def train_batch(self, epoch: int, index: int):
+        self.steps.append((epoch, index))
+        return self._inner.train_batch(epoch, index)
+
+    def validation(self):
+        self.validations += 1
+        return self._inner.validation()
+
+    def test(self):
+        assert self._last == self.steps[-1], "the test set was asked for while the run trained"
+        self.tests.append(sys._getframe(1).f_code.co_name)
+        return self._inner.test()
+
+
+class TestParts:
+    @pytest.mark.parametrize("arm", [Arm.HOST, Arm.GROWN])
+    def test_decisions_see_validation_data_and_the_test_set_is_evaluated_once(
+        self, make_run, kernel_cache, monkeypatch, arm
+    ):
+        """Boundaries, gates and counterfactuals included: the test set is touched by the end of the run alone."""
+        honest, watched = data.load, []
+
+        def load(config, seed):
+            watched.append(WatchedData(honest(config, seed), epochs=8))
+            return watched[0]
+
+        monkeypatch.setattr(data, "load", load)
+        run_dir = make_run(arm=arm, schedule__epochs=8, artifacts__export=True)
+        assert (grow(run_dir, kernel_cache) if arm is Arm.GROWN else Session(run_dir, Launch()).run()) == 0
+        assert ["finish"] == watched[0].tests
+        assert watched[0].validations >= 8
+        if arm is Arm.GROWN:
+            (adaptation,) = json.loads((run_dir.path / "lineage.json").read_text())["adaptations"]
+            assert adaptation["gain_low"] is not None
 
 
 class TestPause:
@@ -283,22 +328,24 @@ class TestGrown:
         assert result_of(grown)["weights_digest"] == result_of(host)["weights_digest"]
 
     def test_a_killed_process_resumes_to_the_same_weights(self, make_run, kernel_cache):
-        """SIGKILL twice, in mid-epoch: the resumed run ends with the weights of the one that was left alone."""
+        """SIGKILL twice: the resumed run ends with the weights of the one that was left alone."""
         settings = {"arm": Arm.GROWN, "schedule__epochs": 14, "checkpoint__every_steps": 4, "data__batch_size": 32}
         alone = make_run("alone", **settings)
         assert grow(alone, kernel_cache) == 0
         killed = make_run("killed", **settings)
         plan = {"kernel_id": kernel_cache.kernel_id, "germinate": 1, "site": "body"}
-        for attempt, until in ((1, 2), (2, 6)):
+        # Held later on, however fast the machine: the schedule cannot run out before the kill.
+        for attempt, until, hold in ((1, 2, 5), (2, 6, 10)):
             launch = Launch(attempt=attempt, cache_dir=str(kernel_cache.folder))
-            child = start_scripted(killed, launch, plan)
-            _wait_for_boundary(killed, until, child)
+            child = start_scripted(killed, launch, {**plan, "hold": hold})
+            _wait_for_checkpoint(killed, attempt, until, child)
             child.send_signal(signal.SIGKILL)
             assert child.wait(30) == -signal.SIGKILL
         assert grow(killed, kernel_cache, attempt=3) == 0
         assert result_of(alone)["weights_digest"] == result_of(killed)["weights_digest"]
-        kinds = [json.loads(line)["kind"] for line in _lines(killed)]
-        assert 2 == kinds.count("resumed")
+        resumed = [json.loads(line)["step"] for line in _lines(killed) if '"resumed"' in line]
+        assert 2 == len(resumed)
+        assert 0 < resumed[0] < resumed[1]
 
     def test_resuming_from_an_earlier_boundary_repeats_the_same_run(self, make_run, kernel_cache):
         """Any checkpoint that was kept leads to the same end."""
@@ -389,13 +436,22 @@ def _lines(run_dir: RunDir) -> list[str]:
     return (run_dir.path / "events.jsonl").read_text().splitlines()
 
 
-def _wait_for_boundary(run_dir: RunDir, boundary: int, child) -> None:
-    """Until a checkpoint after the boundary is on disk."""
-    deadline = time.monotonic() + 90
+def _resumed(run_dir: RunDir, attempt: int) -> dict[str, int] | None:
+    """Where an attempt went on from; None before it did."""
+    if attempt == 1:
+        return {"boundary": 0, "step": 0}
+    said = [json.loads(line) for line in _lines(run_dir)]
+    return next((line for line in said if line["kind"] == "resumed" and line["attempt"] == attempt), None)
+
+
+def _wait_for_checkpoint(run_dir: RunDir, attempt: int, boundary: int, child) -> None:
+    """Until an attempt has come beyond where it began and beyond a boundary, on disk."""
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
-        names = [path.name for path in Path(run_dir.checkpoints).glob("b*")] if run_dir.checkpoints.exists() else []
-        if any(int(name[1:7]) >= boundary for name in names):
-            return
         assert child.poll() is None, (run_dir.path / "log.txt").read_text()
+        names = [path.name for path in run_dir.checkpoints.glob("b*")] if run_dir.checkpoints.exists() else []
+        began = _resumed(run_dir, attempt)
+        if began and any(int(name[1:7]) >= boundary and int(name[9:]) > began["step"] for name in names):
+            return
         time.sleep(0.005)
-    raise AssertionError("no checkpoint in 90 s")
+    raise AssertionError("no checkpoint in 150 s")
