@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup system demo test coverage check format gen serve clean bench docs-performance \
-        bench-cache bench-contracts bench-control bench-growth bench-mesh bench-tamiyo
+        bench-cache bench-contracts bench-control bench-growth bench-mesh bench-ops bench-tamiyo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ bench-growth: setup ## what growth costs a training loop, as JSON lines
 
 bench-mesh: setup ## overhead of the chassis, logging, settings, start-up, as JSON lines
 	$(BIN)/python -m loadtests.bench_mesh
+
+bench-ops: setup ## bandwidth of the device operations against a device copy, as JSON lines
+	$(BIN)/python -m loadtests.bench_ops
 
 bench-tamiyo: setup ## latency of decisions, as JSON lines
 	$(BIN)/python -m loadtests.bench_tamiyo

@@ -1,6 +1,7 @@
 """What every benchmark prints: one JSON object a line, a median over repeated runs, and where it was measured.
 
-`{"metric", "value", "unit", "target", "met", "context"}`; `docs/performance.md` is made from these lines.
+`{"metric", "value", "unit", "target", "met", "context"}`; `docs/performance.md` is made from these lines. What this
+machine cannot measure has the value null, and its context says why.
 
     report = Report("mesh")
     report.measure("unary latency", lambda: seconds_of_one_run(), unit="us", target=Target.below(1000), scale=1e6)
@@ -99,9 +100,19 @@ class Report:
         if runs:
             context["runs"] = len(runs)
             context["range"] = [_short(min(runs)), _short(max(runs))]
+        self._print(metric, _short(value), unit, target, met=met, context=context)
+
+    def not_measured(self, metric: str, why: str, *, unit: str, target: Target | None = None) -> None:
+        """Print a metric that this machine cannot give: missing is missing."""
+        context = {"not measured": why, "machine": self._machine, "versions": self._versions}
+        self._print(metric, None, unit, target, met=None, context=context)
+
+    def _print(
+        self, metric: str, value: float | None, unit: str, target: Target | None, *, met: bool | None, context: object
+    ) -> None:
         line = {
             "metric": f"{self.area}: {metric}",
-            "value": _short(value),
+            "value": value,
             "unit": unit,
             "target": None if target is None else str(target),
             "met": met,

@@ -55,8 +55,10 @@ def section(area: str, lines: list[dict[str, Any]]) -> str:
         name = line["metric"].partition(": ")[2]
         met = {None: "", True: "yes", False: "**no**"}[line["met"]]
         hidden = {"machine", "versions", "runs", "range"}
-        sizes = ", ".join(f"{key} {value}" for key, value in line["context"].items() if key not in hidden)
-        out.append(f"| {name} | {line['value']:g} {line['unit']} | {line['target'] or ''} | {met} | {sizes} |")
+        why = line["context"].pop("not measured", "")
+        sizes = why or ", ".join(f"{key} {size}" for key, size in line["context"].items() if key not in hidden)
+        value = "not measured" if line["value"] is None else f"{line['value']:g} {line['unit']}"
+        out.append(f"| {name} | {value} | {line['target'] or ''} | {met} | {sizes} |")
     return "\n".join(out) + "\n"
 
 
