@@ -64,12 +64,15 @@ class _HostView:
 def hide_from_schedulers(optimizer: Optimizer) -> int:
     """Give every living scheduler of `optimizer` a view of the host's groups; returns how many were found.
 
-    Schedulers hold the optimizer, not the other way round, so they are looked for among the objects that the collector
-    tracks: tens of milliseconds, when a seed is grafted or taken out, never on a step.
+    Schedulers hold the optimizer, not the other way round, so the collector is asked who refers to it: milliseconds,
+    when a seed is grafted or taken out, never on a step.
     """
     count = 0
     groups = len(host_groups(optimizer))
-    for scheduler in gc.get_objects():
+    holders = gc.get_referrers(optimizer)
+    # An object refers to its attributes by a dictionary, or without one until somebody asks for it.
+    holders += gc.get_referrers(*(holder for holder in holders if type(holder) is dict))
+    for scheduler in holders:
         if not issubclass(type(scheduler), LRScheduler):
             continue
         if getattr(scheduler, "optimizer", None) is optimizer:
