@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from esper.kasmina._ports import Port, parameter_dtype
+from esper.kasmina._ports import MAX_RANK, Port, parameter_dtype
 from esper.kasmina._site import Refusal, Site
 from esper.kasmina.control import SiteDescriptor, SiteKind
 from esper.kasmina.signature import FLOAT_DTYPES, MAX_FEATURES, Layout, Signature
@@ -71,6 +72,9 @@ class Finder:
     def __init__(self, model: nn.Module, calls: Mapping[str, Call], *, causal: bool) -> None:
         self.model = model
         self.modules = {name: module for name, module in model.named_modules() if name}
+        compiled = [name for name, module in self.modules.items() if isinstance(module, torch.jit.ScriptModule)]
+        for name in [name for name in self.modules if any(_inside(name, owner) for owner in compiled)]:
+            del self.modules[name]
         self.calls = calls
         self.causal = causal
         self.refusals: list[Refusal] = []
@@ -115,6 +119,8 @@ class Finder:
 
     def _is_real_block(self, name: str) -> bool:
         """A wrapper around a single module would be the same site twice, and a list is never called."""
+        if isinstance(self.modules[name], torch.jit.ScriptModule):
+            return True
         if isinstance(self.modules[name], nn.ModuleList | nn.ModuleDict):
             return False
         return sum(1 for inner in self._under(name) if inner in self.calls and self.calls[inner].calls) > 1
@@ -138,14 +144,12 @@ class Finder:
     def _draft(self, name: str, source: str, target: str, kind: SiteKind, granularity: str) -> _Draft:
         y_spec, y = self._port(target, output=True)
         x_spec, x = (y_spec, y) if kind is SiteKind.SERIES else self._port(source, output=False)
-        x_shape, y_shape = x.canonical_shape(x_spec.shape), y.canonical_shape(y_spec.shape)
         if kind is SiteKind.PARALLEL:
-            if x.layout is not y.layout and y.layout is not Layout.VECTOR:
-                raise _Refused(f"its input is laid out as {x.layout.value} and its output as {y.layout.value}")
-            if x_shape[0] != y_shape[0]:
-                raise _Refused(f"its input has {x_shape[0]} samples and its output {y_shape[0]}")
-            if self.causal and x.layout is Layout.SEQUENCE and x_shape[1:2] != y_shape[1:2]:
-                raise _Refused("it changes the number of positions, and pooling would let positions see later ones")
+            pairs = self.calls[source].forms if source == target else [(x_spec, y_spec)]
+            for x_form, y_form in pairs:
+                assert x_form is not None
+                assert y_form is not None
+                self._check_branch(x, y, x_form, y_form)
         inside = (target, *self._under(target))
         if granularity == "span":
             inside = self._between(source, target)
@@ -154,24 +158,54 @@ class Finder:
             raise _Refused(f"its parameters are {dtype}, expected one of {sorted(FLOAT_DTYPES)}")
         return _Draft(name, source, target, kind, granularity, x, y, x_spec, y_spec, inside, dtype)
 
-    def _single_call(self, name: str) -> Call:
+    def _check_branch(self, x: Port, y: Port, x_spec: Spec, y_spec: Spec) -> None:
+        """A branch from x to y must lead from samples to the same samples, by pooling at most."""
+        if y.layout is not Layout.VECTOR:
+            if x.layout is not y.layout:
+                raise _Refused(f"its input is laid out as {x.layout.value} and its output as {y.layout.value}")
+            if x.folds != y.folds:
+                raise _Refused(f"its input has {len(x_spec.shape)} dimensions and its output {len(y_spec.shape)}")
+        x_shape, y_shape = x.canonical_shape(x_spec.shape), y.canonical_shape(y_spec.shape)
+        if x_shape[0] != y_shape[0]:
+            raise _Refused(f"its input has {x_shape[0]} samples and its output {y_shape[0]}")
+        moves = x.layout is y.layout and x.extent(x_spec.shape) != y.extent(y_spec.shape)
+        if self.causal and moves:
+            raise _Refused("it changes the number of positions, and pooling would let positions see later ones")
+
+    def _called(self, name: str) -> Call:
+        if isinstance(self.modules[name], torch.jit.ScriptModule):
+            raise _Refused("it is compiled by TorchScript, which runs no hooks")
         call = self.calls.get(name)
         if call is None or call.calls == 0:
             raise _Refused("it was not called in the observed forward (its parameters may be used directly)")
-        if call.calls > 1:
-            raise _Refused(f"it is called {call.calls} times in one forward, expected once")
         return call
 
     def _port(self, name: str, *, output: bool) -> tuple[Spec, Port]:
-        call = self._single_call(name)
+        """The first form of a module's input or output, and the port that fits all its forms."""
+        call = self._called(name)
         if output and call.why:
             raise _Refused(call.why)
-        spec = call.y if output else call.x
         side = "output" if output else "input"
-        if spec is None:
-            raise _Refused(f"its {side} is no tensor")
-        _check_tensor(spec, side)
-        rank = len(spec.shape)
+        forms = [form[1] if output else form[0] for form in call.forms]
+        found: tuple[Spec, Port] | None = None
+        for spec in forms:
+            if spec is None:
+                raise _Refused(f"its {side} is no tensor")
+            _check_tensor(spec, side)
+            port = self._port_of(name, len(spec.shape), output=output)
+            found = found or (spec, port)
+            if port != found[1] or spec.shape[port.feature_dim] != found[0].shape[port.feature_dim]:
+                shapes = f"{found[0].shape} and {spec.shape}"
+                raise _Refused(
+                    f"it is called {call.calls} times in one forward, and its {side} has the shapes {shapes}"
+                )
+        assert found is not None
+        features = found[0].shape[found[1].feature_dim]
+        if features > MAX_FEATURES:
+            raise _Refused(f"its {side} has {features} features, expected at most {MAX_FEATURES}")
+        return found
+
+    def _port_of(self, name: str, rank: int, *, output: bool) -> Port:
         batch_dim = 0
         if rank == 3:
             if name in self.sequence_first:
@@ -180,10 +214,7 @@ class Finder:
                 raise _Refused(
                     "the model holds sequence-first modules: samples and positions can not be told apart here"
                 )
-        port = Port.of_rank(rank, features_last=self._features_last(name, rank, output=output), batch_dim=batch_dim)
-        if spec.shape[port.feature_dim] > MAX_FEATURES:
-            raise _Refused(f"its {side} has {spec.shape[port.feature_dim]} features, expected at most {MAX_FEATURES}")
-        return spec, port
+        return Port.of_rank(rank, features_last=self._features_last(name, rank, output=output), batch_dim=batch_dim)
 
     def _features_last(self, name: str, rank: int, *, output: bool) -> bool:
         """The nearest executed layer of the same rank decides: convolutions and batch norms put features first."""
@@ -232,7 +263,7 @@ class Finder:
         widths = [y_shape[draft.y.layout.feature_dim]]
         for name in draft.inside:
             call = self.calls.get(name)
-            if name in self.leaves and call is not None and call.y is not None and 2 <= len(call.y.shape) <= 4:
+            if name in self.leaves and call is not None and call.y is not None and 2 <= len(call.y.shape) <= MAX_RANK:
                 rank = len(call.y.shape)
                 last = self._features_last(name, rank, output=True)
                 widths.append(call.y.shape[Port.of_rank(rank, features_last=last).feature_dim])
@@ -252,7 +283,8 @@ class Finder:
             narrowest_width=min(widths),
             parameters=sum(parameters.values()),
             depth=self.calls[draft.target].end / self.end,
-            causal=self.causal and draft.y.layout is Layout.SEQUENCE,
+            # Heads or images beside the positions do not unmake their order.
+            causal=self.causal and draft.y.layout is not Layout.VECTOR,
         )
         return Site(descriptor, draft.source, draft.target, draft.x, draft.y, x_shape, y_shape)
 
@@ -260,8 +292,10 @@ class Finder:
 def _check_tensor(spec: Spec, side: str) -> None:
     if not spec.dtype.is_floating_point:
         raise _Refused(f"its {side} holds {str(spec.dtype).removeprefix('torch.')}, expected floating-point numbers")
-    if len(spec.shape) not in {2, 3, 4} or 0 in spec.shape:
-        raise _Refused(f"its {side} has the shape {spec.shape}, expected 2 to 4 dimensions, none of them empty")
+    if not 2 <= len(spec.shape) <= MAX_RANK or 0 in spec.shape:
+        raise _Refused(
+            f"its {side} has the shape {spec.shape}, expected 2 to {MAX_RANK} dimensions, none of them empty"
+        )
 
 
 def _inside(name: str, owner: str) -> bool:

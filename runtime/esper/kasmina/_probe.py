@@ -6,7 +6,7 @@ fast paths of attention, which look for hooks, are not taken then anyway.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,10 +43,22 @@ class Call:
     """Position of the first call's beginning among all beginnings and ends."""
     end: int = -1
     calls: int = 0
-    x: Spec | None = None
-    y: Spec | None = None
+    forms: list[tuple[Spec | None, Spec | None]] = field(default_factory=list)
+    """Input and output of each call, the same only once; None where it is no tensor."""
     why: str = ""
-    """Why its output is no tensor; empty where it is one."""
+    """Why an output is no tensor; empty where each call gave one."""
+    running: list[Spec | None] = field(default_factory=list)
+    """Inputs of the calls that have begun and not ended, outermost first."""
+
+    @property
+    def x(self) -> Spec | None:
+        """Input of the first call."""
+        return self.forms[0][0] if self.forms else None
+
+    @property
+    def y(self) -> Spec | None:
+        """Output of the first call."""
+        return self.forms[0][1] if self.forms else None
 
 
 class Recorder:
@@ -58,10 +70,10 @@ class Recorder:
         self._clock = 0
 
     def install(self) -> list[RemovableHandle]:
-        """Put the observing hooks on every module but the model itself."""
+        """Put the observing hooks on every module but the model itself; compiled by TorchScript they take none."""
         handles = []
         for name, module in self._model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 call = self.calls[name] = Call()
                 handles.append(module.register_forward_pre_hook(self._before(call), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._after(call)))
@@ -76,16 +88,19 @@ class Recorder:
             call.calls += 1
             if call.calls == 1:
                 call.start = self._tick()
-                x = first_tensor(args, kwargs)
-                call.x = None if x is None or x.is_nested else Spec.of(x)
+            x = first_tensor(args, kwargs)
+            call.running.append(None if x is None or x.is_nested else Spec.of(x))
 
         return hook
 
     def _after(self, call: Call) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             call.end = self._tick()
-            call.why = why_no_tensor(output)
-            call.y = None if call.why else Spec.of(output_tensor(output))
+            why = why_no_tensor(output)
+            call.why = call.why or why
+            form = (call.running.pop(), None if why else Spec.of(output_tensor(output)))
+            if form not in call.forms:
+                call.forms.append(form)
 
         return hook
 

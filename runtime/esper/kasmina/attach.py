@@ -11,8 +11,10 @@ Hooks are bound methods of the child: ``copy.deepcopy(model)`` gives a copy whos
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +42,31 @@ def child_name(index: int) -> str:
 
 
 def _iterates(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
-    return isinstance(module, _CONTAINERS) or (code is not None and not _ITERATORS.isdisjoint(code.co_names))
+    return isinstance(module, _CONTAINERS) or _mentions(type(module), ("forward",))
+
+
+def _mentions(owner: type[nn.Module], methods: tuple[str, ...]) -> bool:
+    """Whether one of the methods, or a method of the same class that they name, iterates over children."""
+    seen: set[str] = set()
+    wanted = list(methods)
+    while wanted:
+        name = wanted.pop()
+        seen.add(name)
+        # Decorators that watch all modules (as those of transformers do) call none of them.
+        code = getattr(inspect.unwrap(getattr(owner, name)), "__code__", None)
+        names = _names(code) if code is not None else set()
+        if not _ITERATORS.isdisjoint(names):
+            return True
+        wanted += [
+            other for other in names - seen if callable(getattr(owner, other, None)) and not hasattr(nn.Module, other)
+        ]
+    return False
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every attribute and global that a function names, those of functions inside it included."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def owner_of(module: nn.Module) -> nn.Module:
@@ -69,6 +94,10 @@ def _guard_hooks() -> None:
     if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
         dynamo.config.skip_nnmodule_hook_guards = False
         dynamo.reset()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # has no public name
 
 
 @dataclass(slots=True)
@@ -116,10 +145,20 @@ class SeedModule(nn.Module):
         self._from: Port = site.x
         self._to: Port = site.y
         self._x: Tensor | None = None
+        self._used = False
+        """True where the last module of the span has seen `_x`."""
+
+    def forward(self, x: Any) -> Any:
+        """Identity: a seed acts by its hooks, and a host that runs all its children in turn runs it without effect."""
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the activation of the last forward, which belongs to a graph that can not be copied."""
+        return {**self.__dict__, "_x": None}
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-forward hook at the first module of a span: remember x."""
-        self._x = first_tensor(args, kwargs)
+        self._x, self._used = first_tensor(args, kwargs), False
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
@@ -128,8 +167,7 @@ class SeedModule(nn.Module):
         y = output_tensor(output)
         x = y
         if self._parallel:
-            seen = self._x if self._split else first_tensor(args, kwargs)
-            self._x = None
+            seen = self._span_input() if self._split else first_tensor(args, kwargs)
             if seen is None:
                 return None
             x = seen
@@ -137,9 +175,10 @@ class SeedModule(nn.Module):
             self._watch(x, y)
             return None
         try:
-            scaled = self._to.restore(self.delta(self._features(x, y))) * self.alpha
+            scaled = self._change(x, y)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
-            if torch.compiler.is_compiling():
+            # Activation checkpointing ends a recomputation by an exception of its own.
+            if torch.compiler.is_compiling() or _in_backward():
                 raise
             self.error = f"{type(error).__name__}: {error}"
             return None
@@ -147,13 +186,33 @@ class SeedModule(nn.Module):
             self._measure(scaled, y)
         return replace_first(output, y + scaled.to(y.dtype))
 
+    def _change(self, x: Tensor, y: Tensor) -> Tensor:
+        """The change, alpha * delta, in the order of the host."""
+        delta = self._to.restore(self.delta(self._features(x, y)), tuple(y.shape))
+        if delta.shape != y.shape:
+            raise ValueError(f"expected a change of the shape {tuple(y.shape)}, found {tuple(delta.shape)}")
+        return delta * self.alpha
+
+    def _span_input(self) -> Tensor | None:
+        """What `before` saw in this forward; None where the first module of the span was not called in it.
+
+        Inside a backward it may be asked for once more: there, activation checkpointing runs the last module of the
+        span again, without the first one.
+        """
+        if self._used and not _in_backward():
+            return None
+        self._used = True
+        return self._x
+
+    def forget(self) -> None:
+        """Let go of the last forward's activation."""
+        self._x = None
+
     def _features(self, x: Tensor, y: Tensor) -> Tensor:
-        canonical = self._from.canonical(x)
-        if not self._parallel:
-            return canonical
-        shape = list(self._to.canonical_shape(tuple(y.shape)))
-        del shape[self._to.layout.feature_dim]
-        return fit(canonical, self._from.layout, self._to.layout, tuple(shape[1:]))
+        ordered = self._from.ordered(x)
+        if self._parallel:
+            ordered = fit(ordered, self._from.layout, self._to.layout, self._to.extent(tuple(y.shape)))
+        return self._to.fold(ordered)
 
     def _measure(self, scaled: Tensor, y: Tensor) -> None:
         with torch.no_grad():
@@ -230,3 +289,4 @@ class Attachment:
         self.nested.clear()
         self.seed.mode = Execution.ABSENT
         self.seed.capture = None
+        self.seed.forget()

@@ -211,7 +211,7 @@ def _sample(y: Tensor, port: Port) -> Tensor:
         if dim == port.feature_dim:
             index.append(slice(None))
         else:
-            wanted = _BATCH if dim == port.batch_dim else next(spread)
+            wanted = _BATCH if dim == port.batch_dim else next(spread, 1)
             index.append(slice(None, None, -(-size // wanted)))
     return y[tuple(index)].detach().clone()
 
