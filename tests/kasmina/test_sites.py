@@ -14,7 +14,7 @@ from esper.kasmina._ports import Port, fit
 from esper.kasmina._probe import ForwardWatch
 from esper.kasmina.control import SiteKind
 from esper.kasmina.signature import Layout
-from esper.kasmina.sites import Discovery, Site, discover, matcher, observe, site_document, site_from_document
+from esper.kasmina.sites import Discovery, Selection, Site, discover, observe, site_document, site_from_document
 from tests.kasmina.hosts import mlp, small_cnn, small_lstm, small_transformer
 
 
@@ -87,46 +87,104 @@ def test_lstm() -> None:
 
 
 class _Odd(nn.Module):
-    """Everything that can not grow."""
+    """Everything that can not grow, and a cell."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.twice = nn.Linear(8, 8)
+        self.varied = nn.PReLU()
         self.unused = nn.Linear(8, 8)
         self.cell = nn.LSTMCell(8, 8)
-        self.volume = nn.Conv3d(1, 1, 1)
-        self.listed = _Listing()
+        self.flat = nn.Linear(8, 8)
+        self.silent = _Silent()
         self.packed = nn.GRU(8, 8, batch_first=True)
+        self.scripted = torch.jit.script(nn.Linear(8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.twice(self.twice(x))
-        x, _ = self.cell(x)
-        self.volume(x.view(-1, 1, 2, 2, 2))
+        self.varied(x[:, :4])
+        x, _ = self.cell(self.varied(x))
+        self.flat(x[0])
+        self.silent(x)
         self.packed(nn.utils.rnn.pack_padded_sequence(x[:, None], torch.ones(len(x)), batch_first=True))
-        return self.listed(x)["y"]
+        return self.scripted(x)
 
 
-class _Listing(nn.Module):
+class _Silent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(8, 4)
         self.act = nn.ReLU()
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"y": self.act(self.inner(x))}
+    def forward(self, x: Tensor) -> dict[str, int]:
+        return {"rows": len(self.act(self.inner(x)))}
 
 
 def test_refusals_have_reasons() -> None:
-    """What can not grow is listed with the reason: called twice, never called, five dimensions, no tensor, packed."""
+    """What can not grow is listed with the reason: other widths, never called, one dimension, no tensor, packed."""
     found = _find(_Odd(), torch.randn(3, 8))
-    assert "2 times" in _reason(found, "twice")
+    assert "2 times in one forward, and its output has the shapes (3, 4) and (3, 8)" in _reason(found, "varied")
     assert "not called" in _reason(found, "unused")
-    assert "2 to 4" in _reason(found, "volume")
-    assert "dict" in _reason(found, "listed")
+    assert "2 to 5" in _reason(found, "flat")
+    assert "holds no tensor: it is dict" in _reason(found, "silent")
     assert "packed sequence" in _reason(found, "packed")
+    assert "TorchScript" in _reason(found, "scripted")
     assert "inner" not in {r.name for r in found.refusals}
     # A cell gives (h, c): the first is its output.
     assert "vector:8->8:float32" == str(_site(found, "cell", SiteKind.SERIES).descriptor.signature)
+
+
+def test_nothing_inside() -> None:
+    """A model that is one layer, or holds its parameters itself, has no place for a seed, and says so."""
+    assert "no module with parameters" in _reason(_find(nn.Linear(3, 3), torch.randn(2, 3)), "")
+
+
+class _Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.head = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.twice(self.twice(x)).view(-1, 1, 4, 2)
+        return [self.head(x), self.head(x[:, :, ::2])]
+
+
+def test_a_module_that_is_called_more_than_once() -> None:
+    """It grows where its calls agree on features and samples, whatever the extents, but ends no span."""
+    found = _find(_Shared(), torch.randn(3, 8))
+    assert "vector:8->8:float32" == str(_site(found, "twice.0", SiteKind.PARALLEL).descriptor.signature)
+    assert "image:1->2:float32" == str(_site(found, "head", SiteKind.PARALLEL).descriptor.signature)
+    assert not [s for s in found.sites if s.descriptor.granularity == "span"]
+
+
+class _Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv3d(1, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm3d(4)
+        self.patches = _Patches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(self.norm(self.down(x)))
+
+
+class _Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv3d(4, 6, 1)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.inner(x)).flatten(2).transpose(1, 2)
+
+
+def test_volumes_are_images_with_folded_positions() -> None:
+    """(N, C, D, H, W) grows like an image (N, C, D, H * W); between a volume and a sequence there is no branch."""
+    found = _find(_Volumes(), torch.randn(2, 1, 4, 6, 8))
+    site = _site(found, "down", SiteKind.PARALLEL)
+    assert ("image:1->4:float32", Port(Layout.IMAGE, 1, 0, 1)) == (str(site.descriptor.signature), site.y)
+    assert ((2, 1, 4, 48), (2, 4, 2, 12)) == (site.x_shape, site.y_shape)
+    kinds = {s.descriptor.kind for s in found.sites if s.descriptor.name == "patches"}
+    assert {SiteKind.SERIES} == kinds
 
 
 class _Conv1d(nn.Module):
@@ -166,7 +224,7 @@ def test_channels_last_image() -> None:
 def test_select_limit_and_documents() -> None:
     """Patterns and limits choose densely indexed sites, and a site survives its JSON form."""
     model, x = small_cnn(), torch.randn(2, 3, 8, 8)
-    chosen = _find(model, x, select=matcher(["1", "2.*"])).sites
+    chosen = _find(model, x, select=Selection(model, ["1", "2.*"])).sites
     assert {"1", "2.conv1", "2.norm1", "2.conv2", "2.norm2"} <= {s.descriptor.name for s in chosen}
     assert list(range(len(chosen))) == [s.index for s in chosen]
     limited = _find(model, x, max_sites=3)
@@ -283,6 +341,8 @@ def test_causal_sites() -> None:
         (Port(Layout.SEQUENCE, 2, 1), (3, 2, 5)),
         (Port(Layout.IMAGE, 1), (2, 5, 3, 4)),
         (Port(Layout.IMAGE, 3), (2, 3, 4, 5)),
+        (Port(Layout.IMAGE, 1, folds=1), (2, 5, 3, 4, 6)),
+        (Port(Layout.IMAGE, 4, folds=1), (2, 3, 4, 6, 5)),
     ],
 )
 def test_ports_invert(port: Port, shape: tuple[int, ...]) -> None:
@@ -291,7 +351,7 @@ def test_ports_invert(port: Port, shape: tuple[int, ...]) -> None:
     canonical = port.canonical(x)
     assert (2, 5) == (canonical.shape[0], canonical.shape[port.layout.feature_dim])
     assert tuple(canonical.shape) == port.canonical_shape(shape)
-    assert torch.equal(x, port.restore(canonical))
+    assert torch.equal(x, port.restore(canonical, shape))
     assert port == Port.from_document(port.document())
 
 
@@ -305,6 +365,11 @@ def test_fit() -> None:
     torch.testing.assert_close(sequence.view(2, 4, 2, 3).mean(2), fit(sequence, Layout.SEQUENCE, Layout.SEQUENCE, (4,)))
     torch.testing.assert_close(image.mean((2, 3)), fit(image, Layout.IMAGE, Layout.VECTOR, ()))
     torch.testing.assert_close(sequence.mean(1), fit(sequence, Layout.SEQUENCE, Layout.VECTOR, ()))
+    volume = torch.randn(2, 3, 4, 6, 8)
+    pooled = fit(volume, Layout.IMAGE, Layout.IMAGE, (2, 3, 4))
+    torch.testing.assert_close(nn.functional.avg_pool3d(volume, 2), pooled)
+    assert (2, 3, 8, 6, 8) == tuple(fit(volume, Layout.IMAGE, Layout.IMAGE, (8, 6, 8)).shape)
+    torch.testing.assert_close(volume.mean((2, 3, 4)), fit(volume, Layout.IMAGE, Layout.VECTOR, ()))
 
 
 def test_discovery_is_quick() -> None:

@@ -8,7 +8,7 @@ from esper.kasmina._causal import is_causal
 from esper.kasmina._probe import Call, ForwardWatch, Recorder
 from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.signature import Layout
-from esper.kasmina.sites import Discovery, discover, observe
+from esper.kasmina.sites import Discovery, Selection, discover, observe
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Observation:
             if causal is not False:
                 found = find(causal=True)
         self.refusals = found.refusals
+        if isinstance(self._select, Selection):
+            self._select.check(found.refusals)
         self._life.settle(found.sites)
         self.begin()
 

@@ -1,4 +1,4 @@
-"""What a session tells: to the controller, to the bus, to people. Pure reading of its state."""
+"""What a session tells: to the controller and to the bus. Pure reading of its state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from esper.kasmina._seed import SeedRun
     from esper.kasmina.growth import Growth
 
-__all__ = ["boundary_state", "end", "health_job", "hello", "lineage", "locks", "new_record", "new_run_id", "summary"]
+__all__ = ["boundary_state", "end", "health_job", "hello", "lineage", "locks", "new_record", "new_run_id"]
 
 
 def new_run_id() -> str:
@@ -233,31 +233,3 @@ def locks(growth: Growth) -> dict[int, int]:
     layout = growth.life.layout
     at = layout.at(Stage.ROLLED_BACK)
     return {int(seed): max(0, int(layout.closed_boundaries[seed] - layout.boundaries_in_stage[seed])) for seed in at}
-
-
-def summary(growth: Growth) -> str:
-    """A table for a terminal."""
-    head = ("seed", "site", "kind", "stage", "alpha", "blueprint", "params", "gain", "bound")
-    rows = [head]
-    for seed in sorted(growth.life.runs):
-        run = growth.life.runs[seed]
-        measured = run.counterfactual
-        alpha = 0.0 if run.attachment is None else float(run.attachment.seed.alpha)
-        rows.append(
-            (
-                str(seed),
-                run.site.descriptor.name,
-                run.site.descriptor.kind.value,
-                growth.life.stage(seed).name,
-                f"{alpha:.2f}",
-                run.choice.blueprint_name,
-                str(run.parameters),
-                "-" if measured is None else f"{measured.mean_gain:+.4f}",
-                "-" if measured is None else f"{measured.lower_bound:+.4f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    grown = growth.life.parameters_added
-    title = f"{growth.run_id}: {len(growth.sites)} sites, {len(rows) - 1} seeds not dormant, {grown} parameters grown"
-    return "\n".join([title, *lines] if len(rows) > 1 else [title])

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esper.kasmina import _checkpoint, _report
+from esper.kasmina import _checkpoint, _report, _summary
 from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader, scalar
@@ -38,7 +38,7 @@ from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
-from esper.kasmina.sites import matcher
+from esper.kasmina.sites import Selection
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina._seed import KernelLike, SeedRun
     from esper.kasmina.control import RunHello, SiteDescriptor
-    from esper.kasmina.sites import Refusal, Site
+    from esper.kasmina.sites import Refusal, Selectors, Site
 
 __all__ = ["Applied", "BoundaryReport", "Config", "Growth", "wrap"]
 
@@ -324,9 +324,9 @@ class Growth:
             self.counters[f"failed_{what}"] += 1
             _log.exception("growth failed", where=what)
 
-    def summary(self) -> str:
-        """Table of every seed that is not dormant."""
-        return _report.summary(self)
+    def summary(self, max_rows: int = 40) -> str:
+        """Table of the sites with their shapes, parameters and seeds, and totals; long models are shortened."""
+        return _summary.summary(self, max_rows)
 
     def lineage(self) -> list[dict[str, Any]]:
         """Every adaptation of the run, oldest first, as JSON types: where, what, when, decisions, result."""
@@ -394,7 +394,8 @@ def wrap(
     optimizer: Optimizer,
     *,
     mesh: str | ControlPlane | None = None,
-    sites: Sequence[str] | Callable[[SiteDescriptor], bool] | None = None,
+    sites: Selectors | None = None,
+    exclude: Selectors | None = None,
     validate: Callable[[], object] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     cache_dir: Path | None = None,
@@ -407,7 +408,9 @@ def wrap(
         model: the host.
         optimizer: the host's; newborns get groups of their own in it.
         mesh: ``host:port`` of the mesh, any control plane, or None to stay dormant. None reachable is no error.
-        sites: shell patterns of module names, or a predicate; None allows all.
+        sites: where it may grow: shell patterns of module names or of their last parts, types of modules, predicates
+            over `SiteDescriptor`, or several of these in a list; None allows all.
+        exclude: where it may not, in the same forms.
         validate: as for `Growth.boundary`, where that is given finished numbers.
         example_inputs: arguments of one forward, to learn shapes at once; None learns them from the first training
             forward.
@@ -416,10 +419,13 @@ def wrap(
         **options: single ones, see `Config`.
 
     Raises:
-        InvalidInput: both `config` and options, an unknown option, or a model that is distributed already.
+        InvalidInput: both `config` and options, an unknown option, a model that runs no hooks or is distributed
+            already, or sites that the model has not.
     """
     if config is not None and options:
         raise InvalidInput(f"wrap: expected config or single options, found both ({', '.join(sorted(options))})")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInput("wrap: expected a module before TorchScript compiled it, found a ScriptModule: no hooks run")
     if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
         raise InvalidInput(
             f"wrap: expected the module inside {type(model).__name__}, found the wrapper: newborns are not in it"
@@ -434,12 +440,11 @@ def wrap(
         plane = MeshLink(mesh, cache_dir=cache_dir)
     else:
         plane = mesh
-    select = sites if sites is None or callable(sites) else matcher(sites)
     growth = Growth(
         model,
         optimizer,
         plane=plane,
-        select=select,
+        select=Selection(model, sites, exclude),
         validate=validate,
         config=config or Config(**options),
     )

@@ -23,10 +23,11 @@ import torch
 from esper.kasmina._finder import MAX_SPAN, Finder
 from esper.kasmina._probe import Call, Recorder
 from esper.kasmina._quiet import untouched
+from esper.kasmina._select import Selection, Selectors
 from esper.kasmina._site import Refusal, Site, site_document, site_from_document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -36,9 +37,10 @@ __all__ = [
     "MAX_SPAN",
     "Discovery",
     "Refusal",
+    "Selection",
+    "Selectors",
     "Site",
     "discover",
-    "matcher",
     "observe",
     "site_document",
     "site_from_document",
@@ -89,6 +91,8 @@ def discover(
     """
     finder = Finder(model, calls, causal=causal)
     drafts = finder.drafts()
+    if not drafts and not finder.refusals:
+        finder.refusals.append(Refusal("", type(model).__name__, "it holds no module with parameters that could grow"))
     order = {"layer": 0, "block": 1, "span": 2}
     drafts.sort(key=lambda d: (order[d.granularity], calls[d.target].end))
     over = drafts[max_sites:]
@@ -100,10 +104,3 @@ def discover(
         if select is None or select(site.descriptor):
             sites.append(site)
     return Discovery(tuple(sites), tuple(refusals))
-
-
-def matcher(patterns: Sequence[str]) -> Callable[[SiteDescriptor], bool]:
-    """Select sites whose name matches one of the shell patterns."""
-    from fnmatch import fnmatchcase
-
-    return lambda site: any(fnmatchcase(site.name, pattern) for pattern in patterns)
