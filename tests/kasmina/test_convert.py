@@ -73,8 +73,8 @@ site_healths = st.builds(
     SiteHealth,
     index=st.integers(0, 65535),
     effective_rank=st.none() | finite32,
-    saturation=st.none() | finite32,
-    dead_fraction=st.none() | finite32,
+    saturation=st.none() | st.floats(0, 1, width=32),
+    dead_fraction=st.none() | st.floats(0, 1, width=32),
     gradient_norm=st.none() | finite32,
 )
 counterfactuals = st.builds(
@@ -200,7 +200,7 @@ def healths(draw):
         step=draw(counts),
         seed=column(st.integers(0, 65535)),
         stage=column(st.sampled_from(Stage).map(int)),
-        alpha=column(finite32),
+        alpha=column(st.floats(0, 1, width=32)),
         gradient_norm=column(finite32),
         weight_norm=column(finite32),
         output_ratio=column(finite32),
