@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -490,6 +491,28 @@ async def test_a_kernel_of_another_shape_is_refused(open_link, library):
     with pytest.raises(KernelUnfit, match=r"vector:8->8.*vector:8->16"):
         await on_trainer(_fetch, link, library.id, Signature(Layout.VECTOR, 8, 16))
     assert (await on_trainer(_fetch, link, library.id)).id == library.id
+
+
+async def test_a_kernel_is_not_handed_over_before_it_is_judged(open_link, library, monkeypatch):
+    """Loaded for another shape it lies in the cache a moment before its refusal is known: it is not to be seen then."""
+    link = open_link()
+    obtain, loaded, judge = link._kernels.cache.obtain, threading.Event(), threading.Event()
+
+    def slowly(identifier, signature):
+        try:
+            return obtain(identifier, signature)
+        finally:
+            loaded.set()
+            judge.wait(20)
+
+    monkeypatch.setattr(link._kernels.cache, "obtain", slowly)
+    link.request_kernel(library.id, Signature(Layout.VECTOR, 8, 16))
+    assert await on_trainer(loaded.wait, 20)
+    assert library.id in link._kernels.cache
+    assert link.kernel(library.id) is None
+    judge.set()
+    with pytest.raises(KernelUnfit):
+        await on_trainer(_until_kernel, link, library.id)
 
 
 async def test_pinned_keys_are_the_only_ones_believed(open_link, library):

@@ -97,6 +97,9 @@ class KernelFetcher:
         Raises:
             EsperError: the kernel was refused or could not be fetched.
         """
+        # First this: a kernel that is loaded may yet be refused, and the refusal is there before the job is gone.
+        if kernel_id in self._jobs:
+            return None
         if self._refusals:
             with self._lock:
                 refusal = self._refusals.pop(kernel_id, None)
@@ -180,14 +183,13 @@ class KernelFetcher:
             refusal = InternalError(
                 f"kernel {kernel_id:.80} could not be loaded: {type(error).__name__}: {error!s:.300}"
             )
-        finally:
-            # Here and not in a callback: until that ran, a request would take this job for one under way.
-            del self._jobs[kernel_id]
         if refusal is not None:
             _log.warning("kernel_refused", kernel_id=kernel_id, reason=refusal.reason, detail=refusal.public)
             # Fetched ahead it disturbs nobody; whoever needs it will ask and be told.
             if job.wanted is not None:
                 self._refuse(kernel_id, refusal)
+        # Here and not in a callback: until that ran, a request would take this job for one under way.
+        del self._jobs[kernel_id]
 
     async def _persist(self, kernel_id: str, job: _Job) -> None:
         """Obtain a kernel through trouble that may pass.
