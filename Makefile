@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup system demo test coverage check format gen serve clean bench docs-performance \
+.PHONY: help setup system demo test coverage check format gen serve clean bench docs-compatibility docs-performance \
         bench-cache bench-contracts bench-control bench-growth bench-mesh bench-ops bench-tamiyo
 
 help: ## this list
@@ -73,6 +73,9 @@ bench-ops: setup ## bandwidth of the device operations against a device copy, as
 
 bench-tamiyo: setup ## latency of decisions, as JSON lines
 	$(BIN)/python -m loadtests.bench_tamiyo
+
+docs-compatibility: setup ## judge every architecture of the zoo and write docs/compatibility.md
+	$(BIN)/python -m loadtests.write_compatibility
 
 docs-performance: setup ## run every benchmark and write docs/performance.md from what they print
 	$(BIN)/python -m loadtests.write_performance

@@ -7,27 +7,21 @@ loss is the mean square of everything that the network gives.
 from __future__ import annotations
 
 import io
-import random
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from esper.kasmina.attach import Attachment, SeedModule
-from esper.kasmina.blueprints import get
-from esper.kasmina.blueprints.module import BlueprintModule
-from esper.kasmina.control import Action, BlendStrategy, Decision, KernelChoice, SiteKind, Stage
-from esper.kasmina.growth import Growth, wrap
-from esper.kasmina.local import LocalPlane
+from esper.kasmina.control import Action, BlendStrategy, KernelChoice, SiteKind, Stage
 from esper.kasmina.seeds import Execution
+from esper.mesh.errors import InvalidInput
+from loadtests.zoo.training import BLUEPRINT, Kernel, Run, close, real, same
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from esper.kasmina.signature import Signature
     from esper.kasmina.sites import Site
     from loadtests.zoo import Host
 
@@ -35,7 +29,6 @@ __all__ = ["Verdict", "differences", "grow", "judge", "unable"]
 
 STEPS = 3
 SEEDS = 3
-_BLUEPRINT = "low_rank"
 
 
 @dataclass(kw_only=True)
@@ -59,149 +52,44 @@ class Verdict:
     """Why the grown network could not be exported."""
     bare_export: str = ""
     """Why the host alone could not be exported either."""
+    refused: str = ""
+    """Why growth refuses the whole network."""
     refusals: dict[str, int] = field(default_factory=dict)
     """Reasons for which modules of it can not grow, and how many modules each concerns."""
 
     @property
     def supported(self) -> bool:
         """Everything works that works without growth."""
-        works = not self.differs and not self.unable and not self.failed and bool(self.grown)
-        return works and (not self.export or bool(self.bare_export))
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    signature: Signature
-    parameter_count: int
-    birth: str = "zero"
-    causal: bool = True
-    flops_per_position: int = 0
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """A blueprint run eagerly: what a portable kernel computes, without a bundle to build."""
-
-    signature: Signature
+        return not self.problems
 
     @property
-    def manifest(self) -> _Manifest:
-        return _Manifest(self.signature, sum(p.numel() for p in self.instantiate().parameters()))
-
-    def instantiate(self, device: torch.device | str = "cpu") -> nn.Module:
-        return BlueprintModule(get(_BLUEPRINT).check(self.signature)).to(device)
-
-
-def _leaves(output: Any) -> Iterator[Tensor]:
-    """Every tensor of an output, in its order."""
-    if isinstance(output, Tensor):
-        yield output
-        return
-    if isinstance(output, dict):
-        parts = list(output.values())
-    elif isinstance(output, list | tuple):
-        parts = list(output)
-    elif is_dataclass(output):
-        parts = [getattr(output, f.name) for f in fields(output)]
-    else:
-        parts = []
-    for part in parts:
-        yield from _leaves(part)
-
-
-def _real(output: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(output) if leaf.is_floating_point()]
-
-
-class _Run:
-    """One network in training."""
-
-    def __init__(self, host: Host, **options: Any) -> None:
-        self.host = host
-        self.model = host.make()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.plane = LocalPlane()
-        self.kernels: dict[str, _Kernel] = {}
-        self.growth: Growth | None = None
-        if options:
-            given = {"run_id": "compatibility", "parameter_budget": 1 << 30, "settle_steps": 0, **options}
-            self.growth = wrap(self.model, self.optimizer, mesh=self.plane, **given)
-        self.count = 0
-
-    def step(self) -> list[Tensor]:
-        """Forward, backward, optimizer; gives outputs, gradients, and the random state that they leave."""
-        torch.manual_seed(self.count)
-        random.seed(self.count)
-        self.optimizer.zero_grad()
-        args, kwargs = self.host.batch(self.count)
-        outputs = _real(self.model(*args, **kwargs))
-        wanted = [leaf for leaf in outputs if leaf.requires_grad]
-        loss = torch.stack([leaf.float().square().mean() for leaf in wanted]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-        self.optimizer.step()
-        self.count += 1
-        if self.growth is not None:
-            self.growth.step(loss)
-        state = torch.tensor([*torch.get_rng_state().tolist(), random.getrandbits(32)])
-        return [*(leaf.detach() for leaf in outputs), *gradients, state]
-
-    def evaluate(self) -> list[Tensor]:
-        """Outputs of one batch in evaluation; random numbers that the network draws are the same each time."""
-        args, kwargs = self.host.batch(0)
-        self.model.eval()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(2)
-            outputs = _real(self.model(*args, **kwargs))
-        self.model.train()
-        return outputs
-
-    def boundary(self, *decisions: Decision) -> list[str]:
-        """Carry decisions out; what was refused."""
-        assert self.growth is not None
-        report = self.growth.boundary({"loss": 1.0}, decisions=decisions)
-        refused = [f"{a.decision.action}: {', '.join(map(str, a.refused))}" for a in report.applied if not a.done]
-        return refused if len(report.applied) == len(decisions) else [*refused, "a decision was not carried out"]
-
-    def decide(self, site: Site, action: Action, **more: Any) -> Decision:
-        """A decision for the next boundary."""
-        assert self.growth is not None
-        boundary = self.growth.boundaries + 1
-        return Decision(
-            decision_id=f"{boundary}/{site.index}/{action}",
-            boundary=boundary,
-            seed=site.index,
-            action=action,
-            reason="BY_HAND",
-            explanation="compatibility suite",
-            **more,
-        )
-
-
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Equal in every bit; a value that is not a number equals itself."""
-    return len(left) == len(right) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(left, right, strict=True)
-    )
+    def problems(self) -> list[str]:
+        """What is wrong, in words."""
+        found = [self.refused, *(f"wrapped: {what} differ" for what in self.differs), self.failed]
+        found += [f"{site}: {why}" for site, why in self.unable.items()]
+        if not self.grown and not self.refused:
+            found.append(f"no site: {'; '.join(self.refusals)}")
+        if self.export and not self.bare_export:
+            found.append(f"export: {self.export}")
+        return [text for text in found if text]
 
 
 def differences(host: Host) -> list[str]:
     """What of a wrapped network with dormant seeds is not, bit for bit, that of the network alone."""
-    bare, wrapped = _Run(host), _Run(host, sample_every=1)
+    bare, wrapped = Run(host), Run(host, sample_every=1)
     found: set[str] = set()
     assert wrapped.growth is not None
     for _ in range(STEPS):
-        if not _same(bare.step(), wrapped.step()):
+        if not same(bare.step(), wrapped.step()):
             found.add("outputs, gradients or random state")
         wrapped.boundary()
-        if not _same(bare.evaluate(), wrapped.evaluate()):
+        if not same(bare.evaluate(), wrapped.evaluate()):
             found.add("evaluation")
     wrapped.growth.close()
     left, right = bare.model.state_dict(), wrapped.model.state_dict()
     if list(left) != list(right):
         found.add("keys of state_dict")
-    elif not _same(
+    elif not same(
         [v for v in left.values() if isinstance(v, Tensor)], [v for v in right.values() if isinstance(v, Tensor)]
     ):
         found.add("values of state_dict")
@@ -217,20 +105,12 @@ def _types(model: nn.Module) -> list[str]:
     return [f"{type(module).__module__}.{type(module).__qualname__}" for module in model.modules()]
 
 
-def _close(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Equal up to rounding: fused paths of torch that look for hooks are not taken around a seed."""
-    return len(left) == len(right) and all(
-        torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
-        for a, b in zip(left, right, strict=True)
-    )
-
-
 def unable(host: Host) -> tuple[dict[str, str], int, dict[str, int]]:
     """Sites that can not hold a seed that computes and is trained, the number of sites, and reasons of refusals.
 
     All sites hold one at the same time: born silent, they must leave the output as it is.
     """
-    run = _Run(host, sample_every=0)
+    run = Run(host, sample_every=0)
     assert run.growth is not None
     run.step()
     sites, wrong = run.growth.sites, {}
@@ -240,11 +120,11 @@ def unable(host: Host) -> tuple[dict[str, str], int, dict[str, int]]:
     before = run.evaluate()
     attachments: list[Attachment] = []
     for site in sites:
-        seed = SeedModule(_Kernel(site.descriptor.signature).instantiate(), site)
+        seed = SeedModule(Kernel(site.descriptor.signature).instantiate(), site)
         seed.mode = Execution.BLENDED
         seed.alpha.fill_(1.0)
         attachments.append(Attachment.attach(run.model, site, seed))
-    if not _close(before, run.evaluate()):
+    if not close(before, run.evaluate()):
         wrong["all sites"] = "silent seeds change the output"
     run.step()
     for site, attachment in zip(sites, attachments, strict=True):
@@ -271,7 +151,7 @@ def _choose(sites: tuple[Site, ...]) -> list[Site]:
 
 def grow(host: Host, verdict: Verdict, *, export: bool = True) -> None:
     """Germinate, train, save, load, export and remove; what fails is written down in the verdict."""
-    run = _Run(host, sample_every=2)
+    run = Run(host, sample_every=2)
     assert run.growth is not None
     run.step()
     chosen = _choose(run.growth.sites)
@@ -281,28 +161,28 @@ def grow(host: Host, verdict: Verdict, *, export: bool = True) -> None:
         return
     before = run.evaluate()
     verdict.failed = _graft(run, chosen)
-    if not verdict.failed and not _close(before, run.evaluate()):
+    if not verdict.failed and not close(before, run.evaluate()):
         verdict.failed = "grafting silent seeds changed the output"
     verdict.failed = verdict.failed or _learn(run, chosen) or _reload(run)
     if not verdict.failed:
         if export:
             verdict.export = _exported(run)
-            verdict.bare_export = _exported(_Run(host)) if verdict.export else ""
+            verdict.bare_export = _exported(Run(host)) if verdict.export else ""
         refused = run.boundary(*(run.decide(site, Action.CULL) for site in chosen))
         left = list(run.model.state_dict()) != keys
         verdict.failed = "; ".join(refused) or ("a culled seed left keys in state_dict" if left else "")
     run.growth.close()
 
 
-def _graft(run: _Run, chosen: list[Site]) -> str:
+def _graft(run: Run, chosen: list[Site]) -> str:
     for site in chosen:
-        run.kernels[f"sha256:{site.index:064x}"] = _Kernel(site.descriptor.signature)
+        run.kernels[f"sha256:{site.index:064x}"] = Kernel(site.descriptor.signature)
     run.plane.kernels.update(run.kernels)
     germinate = []
     for site in chosen:
         kernel = KernelChoice(
             kernel_id=f"sha256:{site.index:064x}",
-            blueprint_name=_BLUEPRINT,
+            blueprint_name=BLUEPRINT,
             blend=BlendStrategy.IMMEDIATE,
             blend_steps=1,
             learning_rate_scale=3.0,
@@ -313,7 +193,7 @@ def _graft(run: _Run, chosen: list[Site]) -> str:
     return "; ".join(refused)
 
 
-def _learn(run: _Run, chosen: list[Site]) -> str:
+def _learn(run: Run, chosen: list[Site]) -> str:
     """Two steps; every seed must have computed, and one at least must have learnt."""
     assert run.growth is not None
     seeds = {site.index: run.growth.life.runs[site.index].module for site in chosen}
@@ -324,13 +204,11 @@ def _learn(run: _Run, chosen: list[Site]) -> str:
         return f"counters: {dict(run.growth.counters)}"
     if gone := [site for site in chosen if run.growth.life.runs[site.index].attachment is None]:
         return f"the runtime took a seed out: {run.growth.life.runs[gone[0].index].failure}"
-    moved = [
-        index for index, seed in seeds.items() if not _same(before[index], [p.detach() for p in seed.parameters()])
-    ]
+    moved = [index for index, seed in seeds.items() if not same(before[index], [p.detach() for p in seed.parameters()])]
     return "" if moved else "no seed learnt"
 
 
-def _reload(run: _Run) -> str:
+def _reload(run: Run) -> str:
     """What is saved and loaded into a fresh network must go on in the same bits."""
     assert run.growth is not None
     buffer = io.BytesIO()
@@ -341,20 +219,20 @@ def _reload(run: _Run) -> str:
     }
     torch.save(parts, buffer)
     state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    fresh = _Run(run.host, sample_every=2)
+    fresh = Run(run.host, sample_every=2)
     assert fresh.growth is not None
     fresh.growth.load_state_dict(state["growth"], kernels=run.kernels)
     fresh.model.load_state_dict(state["model"])
     fresh.optimizer.load_state_dict(state["optimizer"])
     fresh.count = run.count
-    if not _same(run.evaluate(), fresh.evaluate()):
+    if not same(run.evaluate(), fresh.evaluate()):
         return "a loaded network gives another output"
     results = [each.step() for each in (run, fresh)]
     fresh.growth.close()
-    return "" if _same(*results) else "a loaded network goes on differently"
+    return "" if same(*results) else "a loaded network goes on differently"
 
 
-def _exported(run: _Run) -> str:
+def _exported(run: Run) -> str:
     """Empty where `torch.export` gives a program that computes what the network computes; else the reason."""
     args, kwargs = run.host.batch(0)
     expected = run.evaluate()
@@ -364,19 +242,22 @@ def _exported(run: _Run) -> str:
             warnings.simplefilter("ignore")
             program = torch.export.export(run.model, args, kwargs, strict=False)
             torch.manual_seed(2)
-            found = _real(program.module()(*args, **kwargs))
+            found = real(program.module()(*args, **kwargs))
     except Exception as error:  # noqa: BLE001  # whatever the exporter raises is the reason that the table shows
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     finally:
         run.model.train()
-    return "" if _close(expected, found) else "the exported program computes something else"
+    return "" if close(expected, found) else "the exported program computes something else"
 
 
 def judge(host: Host, *, export: bool = True) -> Verdict:
     """Everything about one architecture; `export` takes about as long as the rest."""
     verdict = Verdict(name=host.name, library=host.library, family=host.family)
     verdict.parameters = sum(p.numel() for p in host.make().parameters())
-    verdict.differs = differences(host)
-    verdict.unable, verdict.sites, verdict.refusals = unable(host)
-    grow(host, verdict, export=export)
+    try:
+        verdict.differs = differences(host)
+        verdict.unable, verdict.sites, verdict.refusals = unable(host)
+        grow(host, verdict, export=export)
+    except InvalidInput as refused:
+        verdict.refused = str(refused)
     return verdict

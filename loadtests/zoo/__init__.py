@@ -7,14 +7,14 @@
 Libraries are imported when the first of their hosts is built.
 """
 
-from loadtests.zoo import graphs, language, plain, unusual, vision
+from loadtests.zoo import graphs, language, plain, signals, unusual, vision
 from loadtests.zoo._host import Host
 
 __all__ = ["HOSTS", "Host"]
 
 HOSTS: dict[str, Host] = {
     host.name: host
-    for group in (plain.HOSTS, unusual.HOSTS, graphs.HOSTS, language.HOSTS, vision.HOSTS)
+    for group in (plain.HOSTS, unusual.HOSTS, graphs.HOSTS, language.HOSTS, signals.HOSTS, vision.HOSTS)
     for host in group
 }
 """Name to architecture."""

@@ -10,10 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Host", "images", "library", "numbers", "tokens", "transformer"]
+__all__ = ["BART", "SMALL", "Batch", "Host", "images", "library", "numbers", "tokens", "transformer"]
 
 Batch = Callable[[torch.Generator], Mapping[str, Any]]
 """Draws the arguments of one forward, by name; names that are digits are positional, in their order."""
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+"""Options that most encoders and decoders share."""
+BART: dict[str, Any] = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Those of encoder-decoders in the manner of BART."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class _Skipping(nn.Module):
 
 
 def test_spans_under_control_flow() -> None:
-    """A span whose first module is skipped is not taken in that forward; other samples at its ends fail the seed alone."""
+    """A span whose first module is skipped is not taken in that forward; other samples at its ends fail the seed."""
     model = _Skipping()
     site = _site(model, X, "first..last", SiteKind.PARALLEL)
     seed = _seed(site)
