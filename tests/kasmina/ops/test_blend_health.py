@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from esper.kasmina import ops
+from esper.kasmina.ops import _blend, _blend_health, _health
 
 
 def _inputs(dtype=torch.float64, shape=(2, 3, 2, 2)):
@@ -68,5 +69,34 @@ def test_a_compiled_graph_has_no_break(function):
     expected = ops.blend(inputs[0], inputs[1:3], inputs[3])
     out = run(*inputs)
     assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    assert_close(found, torch.autograd.grad(expected.square().sum(), inputs))
+
+
+@pytest.fixture
+def _as_on_cuda(monkeypatch):
+    """Public functions go through the operators, as they do on a CUDA device."""
+    for module in (_blend, _health, _blend_health):
+        monkeypatch.setattr(module, "use_kernels", lambda _x: True)
+    monkeypatch.setattr(_blend, "LEAST_ELEMENTS", 0)
+
+
+@pytest.mark.usefixtures("_as_on_cuda")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_public_functions_call_the_operators(compiled):
+    """The way that a device takes, alone and in a compiled graph: values, statistics, gradients."""
+    inputs = _inputs(torch.float32)
+
+    def run(y, first, second, alphas):
+        blended = ops.blend(y, [first, second], alphas)
+        out, found = ops.blend_health(blended, [first], alphas[:1], feature_dim=1)
+        return out, found.variance, ops.health(out, feature_dim=1).variance
+
+    out, variance, again = (torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run)(*inputs)
+    y, first, second, alphas = inputs
+    expected = _blend.reference(_blend.reference(y, [first, second], alphas), [first], alphas)
+    assert_close(out, expected)
+    assert_close(variance, expected.var((0, 2, 3), correction=0))
+    assert_close(again, variance)
     found = torch.autograd.grad(out.square().sum(), inputs)
     assert_close(found, torch.autograd.grad(expected.square().sum(), inputs))

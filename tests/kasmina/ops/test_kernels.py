@@ -19,7 +19,7 @@ def _lines(module: str, folder: Path, **environment: str) -> list[dict]:
     done = subprocess.run(
         [sys.executable, "-m", module],
         cwd=ROOT,
-        env={**os.environ, "TRITON_CACHE_DIR": str(folder), **environment},
+        env={**os.environ, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=280,
