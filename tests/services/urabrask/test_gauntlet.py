@@ -17,7 +17,7 @@ from esper.kasmina.signature import Layout, Signature
 from esper.urabrask.checks import CHECKS
 from esper.urabrask.findings import findings_from
 from esper.urabrask.gauntlet import bundle, run
-from tests.services.urabrask.hostile import SEQUENCE, sound, twisted, with_entry, with_manifest, with_parameters
+from tests.services.urabrask.hostile import SEQUENCE, VECTOR, sound, twisted, with_entry, with_manifest, with_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,6 +70,20 @@ def test_unusual_signatures_pass(width, dtype):
     assert {} == failures(found)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 24), ("float16", 3)])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("bottleneck_mlp", Layout.VECTOR),
+        ("mini_attention", Layout.SEQUENCE),
+        ("squeeze_excitation", Layout.IMAGE),
+    ],
+)
+def test_half_precision_passes(name, layout, dtype, width):
+    """Kernels in half precision pass, narrow ones too."""
+    assert {} == failures(examine(build(get(name), Signature(layout, width, width, dtype), Tier.PORTABLE)))
+
+
 def test_figures_and_tags():
     """A passing kernel has the figures that the library queries by, in its units, and tags that follow from them."""
     found = examine(sound("causal_conv", SEQUENCE))
@@ -88,11 +102,15 @@ def test_figures_and_tags():
 
 @pytest.mark.compiler
 @pytest.mark.slow
-def test_compiled_kernel_passes():
-    """A kernel of the standard tier passes with its compiled code running."""
+@pytest.mark.parametrize(
+    ("name", "signature"),
+    [("bottleneck_mlp", VECTOR), ("low_rank", Signature(Layout.IMAGE, 3, 3, "float16"))],
+)
+def test_compiled_kernel_passes(name, signature):
+    """A kernel of the standard tier passes with its compiled code running, also where that rounds less than eager."""
     if reasons := limitations(Tier.STANDARD):
         pytest.skip("; ".join(reasons))
-    found = examine(sound("bottleneck_mlp", tier=Tier.STANDARD))
+    found = examine(sound(name, signature, tier=Tier.STANDARD))
     assert {} == failures(found)
     assert "tier:standard" in found.tags
 
