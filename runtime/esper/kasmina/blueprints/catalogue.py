@@ -49,7 +49,7 @@ def _template(
 
 
 def _pointwise() -> tuple[Blueprint, ...]:
-    """Modules that see one position at a time: every layout, causal."""
+    """Modules without mixing of positions: every layout, causal. On images the norm sees all of a sample's pixels."""
     return (
         _template(
             "low_rank",
