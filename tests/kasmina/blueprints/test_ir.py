@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from esper.kasmina.blueprints import Birth, Blueprint, catalogue, get, node
 from esper.kasmina.signature import Layout
@@ -206,3 +208,55 @@ catalogue()
 sys.exit("torch" in sys.modules)
 """
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+ATTRIBUTES = st.dictionaries(
+    st.sampled_from(["name", "op", "inputs", "self", "features", "init", "affine"]) | st.text(max_size=4), ANYTHING
+)
+CHANGES = st.dictionaries(st.sampled_from(sorted(_document())), ANYTHING, max_size=2)
+
+
+@given(CHANGES, ATTRIBUTES)
+def test_any_json_is_a_blueprint_or_refused(changes, attributes):
+    """Whatever JSON comes in: a blueprint that can be written down, or one kind of error that can be sent."""
+    document = _document()
+    document["nodes"][0]["attributes"] = attributes
+    told = ""
+    try:
+        blueprint = Blueprint.from_json(json.dumps(document | changes))
+    except InvalidInput as error:
+        told = error.public
+    else:
+        assert Blueprint.from_json(blueprint.canonical_json()) == blueprint
+        told = blueprint.title + blueprint.description
+    assert told.encode()
+
+
+@pytest.mark.parametrize("name", ["name", "op", "inputs"])
+def test_attributes_called_after_arguments_are_refused(name):
+    """An attribute that a node does not have is refused by its name, whatever the name is."""
+    document = _document()
+    document["nodes"][0]["attributes"] = {name: "x"}
+    with pytest.raises(InvalidInput, match=f"norm.*{name}"):
+        Blueprint.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("key", ["title", "description"])
+def test_halves_of_characters_are_refused(key):
+    """A text that no UTF-8 can hold is refused here, not by the first database that it meets."""
+    with pytest.raises(InvalidInput, match=f"blueprint {key}: expected Unicode, found half a surrogate pair"):
+        Blueprint.from_json(json.dumps(_document(**{key: "a \ud800 b"})))
+
+
+def test_deep_nesting_is_refused_in_words():
+    """Nesting that JSON still reads is shown shortened, not by a walk as deep again."""
+    deep = json.dumps(_document(tags=["deep"])).replace('"deep"', "[" * 900 + "]" * 900)
+    with pytest.raises(InvalidInput):
+        Blueprint.from_json(deep)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -205,7 +206,7 @@ def _fields(where: str, document: object, keys: Mapping[str, type]) -> dict[str,
 
 def _strings(where: str, values: list[Any]) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
-        raise _malformed(f"{where}: expected strings, found {values!r:.80}")
+        raise _malformed(f"{where}: expected strings, found {reprlib.repr(values):.80}")
     return tuple(values)
 
 
@@ -218,7 +219,9 @@ def _node(position: int, document: object) -> Node:
                 f"{where}: expected attribute {key!r} to be an integer, a string or a boolean, "
                 f"found {type(value).__name__}"
             )
-    return node(fields["name"], fields["op"], *_strings(f"{where}: inputs", fields["inputs"]), **fields["attributes"])
+    # Not by `node`, whose own arguments an attribute might be called after.
+    inputs = _strings(f"{where}: inputs", fields["inputs"])
+    return Node(fields["name"], fields["op"], inputs, tuple(sorted(fields["attributes"].items())))
 
 
 def _blueprint(document: object) -> Blueprint:

@@ -37,6 +37,8 @@ set_submodule share_memory state_dict to to_empty train training type xpu zero_g
 """
 _RESERVED = frozenset(_RESERVED_NAMES.split())
 _TEXT_LIMITS = {"title": 128, "description": 512}
+# Valid in a Python string and in JSON, but in no UTF-8: contracts and databases refuse it.
+_HALF = re.compile("[\ud800-\udfff]")
 # Any width serves to see whether an expression can be read.
 _PROBE = {"in": 64, "out": 64}
 
@@ -89,6 +91,8 @@ def _about_the_whole(blueprint: Blueprint) -> Iterator[Problem]:
         text = getattr(blueprint, key)
         if not 1 <= len(text) <= limit:
             yield Problem("", f"blueprint {key}: expected 1 to {limit} characters, found {len(text)}")
+        if half := _HALF.search(text):
+            yield Problem("", f"blueprint {key}: expected Unicode, found half a surrogate pair, {half.group()!r}")
     if len(blueprint.tags) > 16 or not all(_TAG.fullmatch(tag) for tag in blueprint.tags):
         yield Problem("", f"blueprint tags: expected at most 16 of {_TAG.pattern}, found {blueprint.tags!r:.80}")
     if not blueprint.layouts or list(blueprint.layouts) != [x for x in Layout if x in blueprint.layouts]:
