@@ -170,6 +170,12 @@ class Bench:
             failure = error if isinstance(error, BuildFailed) else BuildFailed(error.public, retryable=True)
             await self._fail(task, failure, tell)
             return
+        except Exception as error:
+            # A defect of ours, perhaps met on the way of this order alone: another attempt may be spared it.
+            log.exception("order failed", build_id=order.build_id)
+            words = f"the forge has a defect: {type(error).__name__}"
+            await self._fail(task, BuildFailed(words, retryable=True, reason="FORGE_DEFECT"), tell)
+            return
         finally:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)

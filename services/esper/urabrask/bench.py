@@ -119,6 +119,17 @@ class Bench:
                     self._engine.keys = await asyncio.to_thread(KeyRing.renew, self._directory, self._clock)
 
     async def _handle(self, task: Task) -> None:
+        """Judge one kernel; a defect of ours says nothing about it, so it goes back at once for another attempt."""
+        try:
+            await self._evaluate(task)
+        except EsperError:
+            raise
+        except Exception as error:
+            log.exception("evaluation failed", kernel_id=task.candidate.id)
+            words = f"ENGINE_DEFECT: the engine has a defect: {type(error).__name__}"
+            await self._patiently(lambda: self._library.give_up(task.lease_id, words))
+
+    async def _evaluate(self, task: Task) -> None:
         """Judge one kernel under its lease."""
         work = asyncio.create_task(self._judge(task), name=f"judge-{task.candidate.id[:19]}")
         keeper = asyncio.create_task(self._keep(task, work), name=f"keep-{task.candidate.id[:19]}")

@@ -230,12 +230,18 @@ async def test_answers_that_come_too_late_end_nothing():
 
 
 async def test_a_defect_of_the_forge_does_not_end_its_day(capfd):
-    """An unforeseen exception is logged with its traceback, and the next order is filled."""
+    """An unforeseen exception is logged with its traceback, its order ends as failed, and the next one is filled."""
     shelf = Shelf(leased("sample", "a"), leased("sample", "b"))
     shelf.errors["upload"] = [ZeroDivisionError("a defect")]
-    async with working(shelf), asyncio.timeout(30):
-        await shelf.ended.wait()
-        assert [("succeed", "b")] == [entry[:2] for entry in shelf.done]
+    async with working(shelf) as bench:
+        await until(lambda: len(shelf.done) == 2)
+        (what, lease, failure), succeeded = shelf.done
+        assert ("fail", "a", True, "FORGE_DEFECT") == (what, lease, failure.retryable, failure.reason)
+        assert ("succeed", "b") == succeeded[:2]
+        await until(lambda: bench.board.succeeded)
+        assert 1 == bench.board.failed
+        with bench.board.watch() as queue:
+            assert 0 == len(queue)
     assert "a defect" in capfd.readouterr().err
 
 

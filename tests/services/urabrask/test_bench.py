@@ -238,18 +238,21 @@ async def test_refused_verdict_leads_to_another_introduction(tmp_path, clock, ju
     assert [("lease-2", KERNEL)] == shelf.completed
 
 
-async def test_defect_does_not_end_the_loop(tmp_path, clock, judgement):
-    """An exception that nobody foresaw costs one kernel's lease, not the engine."""
+@pytest.mark.parametrize("where", ["judge", "complete"])
+async def test_defect_does_not_end_the_loop(tmp_path, clock, judgement, where):
+    """An exception that nobody foresaw hands the kernel back at once, and does not end the engine."""
 
     async def defect():
         raise ZeroDivisionError
 
-    shelf = Shelf()
-    async with working(tmp_path, clock, shelf, defect, judgement()) as (_, board, _bench):
+    shelf = Shelf(failures={"complete": [ZeroDivisionError("of ours")]} if where == "complete" else {})
+    first = judgement() if where == "complete" else defect
+    async with working(tmp_path, clock, shelf, first, judgement()) as (_, board, _bench):
         shelf.offer("lease-1")
         shelf.offer("lease-2")
         await until(lambda: board.validated)
     assert [("lease-2", KERNEL)] == shelf.completed
+    assert [("lease-1", "ENGINE_DEFECT: the engine has a defect: ZeroDivisionError")] == shelf.given_up
 
 
 async def test_drain_hands_back(tmp_path, clock):
