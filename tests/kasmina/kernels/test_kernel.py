@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from esper.kasmina.blueprints import Birth, catalogue, get
+from esper.kasmina.kernels import Kernel, Target, Tier
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.errors import InvalidInput
 from tests.kasmina.kernels.kernel_checks import assert_same_mathematics, kernel_of, shapes_of
@@ -51,6 +53,29 @@ def test_every_instance_owns_its_parameters(kernel):
         one.get_parameter("out.weight").add_(1.0)
     assert torch.equal(other.get_parameter("out.weight"), kernel.instantiate().get_parameter("out.weight"))
     assert not torch.equal(one.get_parameter("out.weight"), other.get_parameter("out.weight"))
+
+
+def test_compiled_code_is_for_its_own_kind_of_device(kernel):
+    """Tensors that live elsewhere than the compiled code reads run the portable graph; a kernel may serve both."""
+    called = []
+
+    def forward(x, *parameters):
+        called.append(x.device.type)
+        return x.new_zeros(x.shape)
+
+    compiled = Kernel(
+        kernel_id=kernel.id,
+        manifest=replace(kernel.manifest, tier=Tier.STANDARD, target=str(Target.here())),
+        plan=kernel.plan,
+        parameters=dict(kernel.instantiate().named_parameters()),
+        portable=kernel.portable,
+        compiled=(forward, forward),
+        nbytes=0,
+    )
+    assert (3, 8) == compiled.instantiate("meta")(torch.zeros(3, 8, device="meta")).shape
+    assert [] == called
+    compiled.instantiate()(torch.zeros(3, 8))
+    assert ["cpu"] == called
 
 
 def test_a_seed_draws_other_initial_parameters(kernel):

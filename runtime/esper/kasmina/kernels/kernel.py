@@ -35,7 +35,8 @@ class Kernel:
         plan: its blueprint at its signature.
         parameters: initial values by name.
         portable: ``f(x, *parameters)``, differentiable by autograd.
-        compiled: the forward and the backward function for this machine; None: the portable graph runs instead.
+        compiled: the forward and the backward function for the manifest's target, which must be this machine's; for
+            tensors on another kind of device, and where it is None, the portable graph runs instead.
         nbytes: memory that it holds, for the cache's account.
     """
 
@@ -55,6 +56,8 @@ class Kernel:
         self.plan = plan
         self.portable = portable
         self.compiled = compiled
+        self.device_type = manifest.target.partition("/")[0]
+        """Kind of device whose memory the compiled functions read."""
         self.nbytes = nbytes
         self.parameter_names = tuple(spec.name for spec in manifest.parameters)
         self._parameters = {name: parameters[name] for name in self.parameter_names}
@@ -119,8 +122,9 @@ class KernelModule(nn.Module):
             found = f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
             raise InvalidInput(f"kernel {self.kernel.id[:19]}: expected an input for {signature}, found {found}")
         held = [getattr(self._modules[group], leaf) for group, leaf in self._slots]
-        compiled = self.kernel.compiled
-        if torch.is_autocast_enabled(x.device.type):
+        compiled = self.kernel.compiled if x.device.type == self.kernel.device_type else None
+        # torch raises when asked about autocast for tensors without memory.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self._run(compiled, x, held)
         return self._run(compiled, x, held)
