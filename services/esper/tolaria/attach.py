@@ -95,14 +95,12 @@ def attach(host: nn.Module, site: Site, module: nn.Module, alpha: float = 1.0) -
 
     def add(_module: nn.Module, _args: Any, output: Any) -> Any:
         y = output_tensor(output)
-        y_canonical = site.y.canonical(y)
         if site.descriptor.kind is SiteKind.SERIES:
-            delta = module(y_canonical)
+            x = site.y.ordered(y)
         else:
-            shape = list(y_canonical.shape)
-            del shape[site.y.layout.feature_dim]
-            delta = module(fit(site.x.canonical(held.pop()), site.x.layout, site.y.layout, tuple(shape[1:])))
-        restored = site.y.restore(delta)
+            extent = site.y.extent(tuple(y.shape))
+            x = fit(site.x.ordered(held.pop()), site.x.layout, site.y.layout, extent)
+        restored = site.y.restore(module(site.y.fold(x)), tuple(y.shape))
         return replace_first(output, y + (restored if alpha == 1.0 else restored * alpha))
 
     handles: list[RemovableHandle] = []

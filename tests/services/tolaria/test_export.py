@@ -12,9 +12,13 @@ import safetensors.torch
 import torch
 
 from esper.kasmina._ports import Port
+from esper.kasmina.attach import Attachment, SeedModule
+from esper.kasmina.blueprints import get
+from esper.kasmina.blueprints.module import BlueprintModule
 from esper.kasmina.control import SiteDescriptor, SiteKind
+from esper.kasmina.seeds import Execution
 from esper.kasmina.signature import Layout, Signature
-from esper.kasmina.sites import Site
+from esper.kasmina.sites import Site, discover, observe
 from esper.mesh.errors import Corrupt, InternalError
 from esper.tolaria import data, export
 from esper.tolaria.attach import Attached, attach, from_bundle
@@ -147,6 +151,28 @@ def test_attached_modules_add_in_series_and_in_parallel(alpha):
     for handle in handles:
         handle.remove()
     assert torch.equal(plain, host(x))
+
+
+@pytest.mark.parametrize("kind", SiteKind)
+def test_a_module_at_a_volume_computes_what_the_seed_computed(kind):
+    """Three spatial dimensions are folded for the kernel and unfolded again, as in the run."""
+    host = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.Conv3d(3, 4, 3, stride=2)).eval()
+    x = torch.rand(2, 2, 9, 11, 7)
+    found = discover(host, observe(host, (x,))).sites
+    site = next(s for s in found if (s.descriptor.name, s.descriptor.kind) == ("1", kind))
+    signature = site.descriptor.signature
+    delta = BlueprintModule(get("conv_bottleneck").check(signature))
+    for parameter in delta.parameters():
+        torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    seed = SeedModule(delta, site)
+    seed.mode = Execution.BLENDED
+    seed.alpha.fill_(0.5)
+    attachment = Attachment.attach(host, site, seed)
+    grown = host(x)
+    attachment.detach()
+    assert not torch.allclose(host(x), grown)
+    attach(host, site, delta, 0.5)
+    assert torch.allclose(grown, host(x))
 
 
 def test_a_module_from_a_bundle_is_the_kernel_at_birth(kernel_cache):
