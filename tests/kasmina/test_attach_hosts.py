@@ -186,3 +186,27 @@ def test_spans_under_control_flow() -> None:
     assert torch.equal(grown[:2], model(X)[:2])
     assert (2, 4) == tuple(model(X, rows=2).shape)
     assert "expected a change of the shape (2, 4), found (3, 4)" in seed.error
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_the_input_of_a_span_may_be_a_parameter_or_a_buffer(kind: Any) -> None:
+    """A network that feeds one to its own layers (a table of positions) gets no second entry of it in its state."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = kind(torch.rand(5, 4))
+            self.body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.body(self.table).T
+
+    model = Table()
+    site = next(s for s in discover(model, observe(model, (X,))).sites if s.descriptor.granularity == "span")
+    attachment = Attachment.attach(model, site, seed := _seed(site))
+    names = list(model.state_dict())
+    for _ in range(2):
+        model(X)
+    assert "" == seed.error
+    assert names == list(model.state_dict())
+    attachment.detach()

@@ -144,7 +144,8 @@ class SeedModule(nn.Module):
         self._split = site.source != site.target
         self._from: Port = site.x
         self._to: Port = site.y
-        self._x: Tensor | None = None
+        # In a tuple, since a module registers a parameter or buffer that is assigned to it: hosts pass them around too.
+        self._x: tuple[Tensor | None] = (None,)
         self._used = False
         """True where the last module of the span has seen `_x`."""
 
@@ -154,11 +155,11 @@ class SeedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the activation of the last forward, which belongs to a graph that can not be copied."""
-        return {**self.__dict__, "_x": None}
+        return {**self.__dict__, "_x": (None,)}
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-forward hook at the first module of a span: remember x."""
-        self._x, self._used = first_tensor(args, kwargs), False
+        self._x, self._used = (first_tensor(args, kwargs),), False
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
@@ -202,11 +203,11 @@ class SeedModule(nn.Module):
         if self._used and not _in_backward():
             return None
         self._used = True
-        return self._x
+        return self._x[0]
 
     def forget(self) -> None:
         """Let go of the last forward's activation."""
-        self._x = None
+        self._x = (None,)
 
     def _features(self, x: Tensor, y: Tensor) -> Tensor:
         ordered = self._from.ordered(x)

@@ -24,6 +24,26 @@ def test_portable_kernels_compute_what_the_blueprint_says(blueprint, layout):
         assert_same_mathematics(kernel.instantiate(), torch.randn(shape), 1e-6)
 
 
+def test_images_in_channels_last_order_can_be_trained_on(run_python):
+    """One that needs no gradient is as good as any: in a process of its own, since torch would end it."""
+    run_python("""
+import torch
+from esper.kasmina.blueprints import Birth, get
+from esper.kasmina.signature import Layout, Signature
+from tests.kasmina.kernels.kernel_checks import kernel_of
+module = kernel_of(get("low_rank").with_birth(Birth.RANDOM), Signature(Layout.IMAGE, 8, 8)).instantiate()
+x = torch.randn(2, 8, 5, 6)
+for delta in (module, module.eager()):
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        delta.zero_grad()
+        delta(x.to(memory_format=order)).square().sum().backward()
+        found.append([p.grad.clone() for p in delta.parameters()])
+    for plain, last in zip(*found):
+        torch.testing.assert_close(plain, last)
+""")
+
+
 def test_zero_birth_survives_the_build():
     """A kernel of a template adds exactly nothing at birth and has a gradient to follow."""
     module = kernel_of(get("gated_ffn"), Signature(Layout.SEQUENCE, 8, 8)).instantiate()

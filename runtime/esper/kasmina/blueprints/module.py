@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from esper.kasmina.blueprints.ops import ParameterSpec
     from esper.kasmina.blueprints.plan import Plan, PlannedNode
 
-__all__ = ["FUNCTIONS", "BlueprintModule", "Call", "ParameterGroup", "initial_parameters", "register", "torch_dtype"]
+__all__ = [
+    "FUNCTIONS",
+    "BlueprintModule",
+    "Call",
+    "ParameterGroup",
+    "in_order",
+    "initial_parameters",
+    "register",
+    "torch_dtype",
+]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -84,13 +93,23 @@ class BlueprintModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``delta(x)``; the extents of `x` other than its features are kept."""
-        values, layout = {INPUT: x}, self.plan.signature.layout
+        values, layout = {INPUT: in_order(x)}, self.plan.signature.layout
         for n in self.plan.nodes:
             group = self._modules.get(n.name)
             held = {} if group is None else group._parameters  # noqa: SLF001  # keeps its order and its None
             inputs = [values[name] for name in n.inputs]
             values[n.name] = FUNCTIONS[n.op](Call(n, layout, inputs, held.get("weight"), held.get("bias")))
         return values[self.plan.nodes[-1].name]
+
+
+def in_order(x: Tensor) -> Tensor:
+    """`x`, copied to the order of its dimensions in memory where it is in another.
+
+    On the CPU the backward of group_norm in torch 2.13 ends the process for an input in channels-last order that needs
+    no gradient, as images have none.
+    """
+    # Asked first, so that traces of ordered inputs hold no copy.
+    return x if x.is_contiguous() else x.contiguous()
 
 
 class Call(NamedTuple):

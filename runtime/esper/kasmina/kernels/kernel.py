@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from esper.kasmina.blueprints.module import BlueprintModule, initial_parameters, register, torch_dtype
+from esper.kasmina.blueprints.module import BlueprintModule, in_order, initial_parameters, register, torch_dtype
 from esper.mesh.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class KernelModule(nn.Module):
         inner = x if x.dtype == self._dtype else x.to(self._dtype)
         # Compiled code for a batch of nothing is not worth its risks.
         if compiled is None or not x.numel():
-            result = self.kernel.portable(inner, *held)
+            result = self.kernel.portable(in_order(inner), *held)
         else:
             result = _Compiled.apply(compiled, inner, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
         answer: Tensor = result if x.dtype == self._dtype else result.to(x.dtype)
