@@ -259,14 +259,15 @@ _DETECTION = (
     ),
     transformer(
         "dpt",
-        "depth",
-        "DPTForDepthEstimation",
+        "segmentation",
+        "DPTForSemanticSegmentation",
         images(),
         **{**_VIT, "num_hidden_layers": 4},
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         is_hybrid=False,
+        num_labels=4,
         reassemble_factors=[4, 2, 1, 0.5],
     ),
 )
