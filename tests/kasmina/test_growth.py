@@ -492,8 +492,8 @@ def test_wrap_refuses_what_it_can_not_do() -> None:
     for wrong in ({"confidence": 1.0}, {"watch_steps": -1}, {"clip_norm": 0.0}, {"granularities": ("pixel",)}):
         with pytest.raises(InvalidInput, match="growth option"):
             wrap(model, optimizer, **wrong)
-    growth = wrap(model, optimizer, sites=["1"], example_inputs=(torch.randn(2, 3, 8, 8),))
-    assert {"1"} == {site.descriptor.name for site in growth.sites}
+    growth = wrap(model, optimizer, sites=["0.1"], example_inputs=(torch.randn(2, 3, 8, 8),))
+    assert {"0.1"} == {site.descriptor.name for site in growth.sites}
     for wrong_metrics in ("0.5", {"loss": "low"}, 3.0 + 2j, [object()]):
         with pytest.raises(InvalidInput, match="validation: expected a mapping"):
             growth.boundary(wrong_metrics)

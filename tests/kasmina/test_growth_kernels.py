@@ -88,7 +88,7 @@ def test_examples_run(run_python: Callable[..., str]) -> None:
     plain = run_python(
         code + "m = runpy.run_path('examples/plain_loop.py'); m['main']('127.0.0.1:9', epochs=3)",
     )
-    assert re.search(r"epoch  3: loss \d\.\d+, accuracy 0\.\d+\n.*0 seeds not dormant", plain)
+    assert re.search(r"epoch  3: loss \d\.\d+, accuracy 0\.\d+\n(?s:.*), 0 seeds not dormant", plain)
     equal = run_python("import runpy; m = runpy.run_path('examples/dormant_equality.py'); print(m['main']())")
     assert equal.endswith("0\n")
     assert "DIFFERS" not in equal
