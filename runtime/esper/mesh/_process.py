@@ -250,8 +250,8 @@ class Child:
         await self._process.wait()
         await asyncio.wait({self._listener}, timeout=1.0)
         self._listener.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        # What a flood left unread keeps its pipe open for ever, and asyncio offers no other way to all three of them.
+        self._process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001
 
     async def _listen(self) -> None:
         assert self._process.stderr is not None
