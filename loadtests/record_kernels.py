@@ -1,7 +1,7 @@
 """Makes a trace of kernel requests from the logs of finished runs, for `bench_cache` and for tests of cache policies.
 
-    esper --home /tmp/home train digits
-    python -m loadtests.record_kernels /tmp/home > loadtests/traces/digits.jsonl
+    esper --home runs-home train digits
+    python -m loadtests.record_kernels runs-home > loadtests/traces/digits.jsonl
 
 The runtime of a run logs what it asks of its kernel cache, and at the end what the cache counted; nothing has to be
 switched on. The trace holds for each run, in order, which kernels were asked for, whether ahead (Tamiyo named them as
