@@ -318,6 +318,42 @@ def test_causality_that_can_not_be_found() -> None:
         growth.close()
 
 
+class _EncoderDecoder(nn.Module):
+    """Decoder inputs are given, or made of labels that are moved on by one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 8)
+        self.body = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, source: Tensor, target: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if target is None:
+            assert labels is not None
+            target = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], dim=1)
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.head(self.body(self.embed(source), self.embed(target), tgt_mask=mask))
+
+
+@pytest.mark.parametrize("name", ["target", "labels"])
+@pytest.mark.parametrize("positions", [6, 4])
+def test_decoders_behind_an_encoder_are_causal(name: str, positions: int) -> None:
+    """That every position sees all of the encoder's input does not let a decoder look ahead in its own."""
+    tokens = torch.arange(12).view(2, 6) % 9
+    assert is_causal(_EncoderDecoder(), (tokens,), {name: tokens[:, :positions]})
+
+
+def test_meta_models_are_wrapped() -> None:
+    """Sites of a model without memory are found; what an experiment would tell is unknown, so positions are causal."""
+    with torch.device("meta"):
+        model, tokens = _Causal(causal=False), torch.zeros(2, 6, dtype=torch.long)
+        model.register_buffer("seen", torch.zeros(3))
+    growth = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), example_inputs=(tokens,))
+    assert {True} == {s.descriptor.causal for s in growth.sites if s.y.layout is Layout.SEQUENCE}
+    growth.close()
+
+
 def test_classifiers_are_not_causal() -> None:
     """Where the output has no positions, later positions may be seen; so may the features of a vector."""
     assert False is is_causal(small_lstm(), (torch.randint(0, 11, (4, 6)),), {})

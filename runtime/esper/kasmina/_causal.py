@@ -1,7 +1,7 @@
 """Finds out by experiment whether a model's positions must not see later ones.
 
-The last position of the input is changed and everything else kept: where the output at earlier positions stays as it
-was, the model is causal, and a seed that mixed positions both ways would leak the future into its training.
+One position in the middle of an input is changed and everything else kept: where the output at earlier positions stays
+as it was, the model is causal, and a seed that mixed positions both ways would leak the future into its training.
 """
 
 from __future__ import annotations
@@ -23,26 +23,41 @@ __all__ = ["is_causal"]
 
 
 def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
-    """True where the model gives an output for every position and none depends on a later input.
+    """True where the model gives an output for every position of an input and none depends on a later one.
 
-    Runs two forwards in evaluation mode without gradients; flags, buffers and random state are as before afterwards.
-    A model that gives one output for a whole sample (a classifier of sequences) is not causal: there, later positions
-    may be seen. None where this can not tell: no two positions, inputs that are all alike, an output of neither kind
-    (a loss alone), or one that the last position does not move.
+    Every tensor with positions is tried: an encoder-decoder sees all of its first input and must not look ahead in its
+    second one. Runs a forward for each and one more, in evaluation mode without gradients; flags, buffers and random
+    state are as before afterwards. A model that gives one output for a whole sample (a classifier of sequences) is not
+    causal: there, later positions may be seen. None where this can not tell: no two positions, inputs that are all
+    alike or without memory, an output of neither kind (a loss alone), or one that the change does not move.
     """
-    x = first_tensor(args, kwargs)
-    if x is None or x.dim() < 2 or x.shape[1] < 2:
+    first = first_tensor(args, kwargs)
+    named = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value is not first]
+    inputs = [x for x in (first, *named) if x is not None and not x.is_meta and x.dim() >= 2 and x.shape[1] >= 2]
+    pairs = [(x, changed) for x in inputs if (changed := _changed(x)) is not None]
+    if not pairs:
         return None
-    changed = x.clone()
-    # Another sample's token is as valid as this one's; with a single sample, an earlier position's is.
-    last = changed[:, -1]
-    changed[:, -1] = last.roll(1, 0) if len(x) > 1 and not torch.equal(last, last.roll(1, 0)) else changed[:, 0]
-    if torch.equal(changed, x):
-        return None
+    found: list[bool | None] = []
     with untouched(model), torch.no_grad():
         model.eval()
         before = _tensors(model(*args, **kwargs))
-        after = _tensors(model(*_swap(args, x, changed), **{k: changed if v is x else v for k, v in kwargs.items()}))
+        for x, changed in pairs:
+            others = dict(zip(kwargs, _swap(tuple(kwargs.values()), x, changed), strict=True))
+            after = _tensors(model(*_swap(args, x, changed), **others))
+            found.append(_verdict(before, after, x))
+    return True if True in found else False if False in found else None
+
+
+def _changed(x: Tensor) -> Tensor | None:
+    """The input with another value in its middle position; None where there is no other value to take."""
+    changed, at = x.clone(), x.shape[1] // 2
+    here = x[:, at]
+    # Another sample's token is as valid as this one's; with a single sample, an earlier position's is.
+    changed[:, at] = here.roll(1, 0) if len(x) > 1 and not torch.equal(here, here.roll(1, 0)) else x[:, 0]
+    return None if torch.equal(changed, x) else changed
+
+
+def _verdict(before: list[Tensor], after: list[Tensor], x: Tensor) -> bool | None:
     for a, b in zip(before, after, strict=True):
         readings = list(zip(_by_position(a, x), _by_position(b, x), strict=True))
         if readings:
@@ -52,10 +67,11 @@ def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _looks_back(before: Tensor, after: Tensor) -> bool | None:
-    """Whether earlier positions stayed as they were while the last one moved; None where nothing moved at all."""
-    if not torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-5):
+    """Whether earlier positions stayed as they were while a later one moved; None where nothing moved at all."""
+    at = before.shape[1] // 2
+    if not torch.allclose(before[:, :at], after[:, :at], rtol=1e-3, atol=1e-5):
         return False
-    return None if torch.allclose(before[:, -1], after[:, -1], rtol=1e-3, atol=1e-5) else True
+    return None if torch.allclose(before[:, at:], after[:, at:], rtol=1e-3, atol=1e-5) else True
 
 
 def _swap(args: tuple[Any, ...], x: Tensor, changed: Tensor) -> tuple[Any, ...]:

@@ -35,7 +35,8 @@ def preserved_random_state() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Give back the training flag of every module, the values of all buffers, and random state."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Those on the meta device hold no values.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with preserved_random_state():
             yield

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from esper.kasmina import seeds
 from esper.kasmina._seed import choice_document
 from esper.kasmina.control import (
@@ -44,6 +46,9 @@ def hello(growth: Growth) -> RunHello:
     """First words of the run."""
     config, life = growth.config, growth.life
     device = next((p.device.type for p in growth.model.parameters()), "cpu")
+    if device == "meta":
+        # Not materialised yet, which large models are where they will train.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return RunHello(
         run_id=growth.run_id,
         target=str(Target.here(device)),
