@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup system demo test coverage check format gen serve clean bench docs-compatibility docs-performance \
-        bench-cache bench-contracts bench-control bench-growth bench-mesh bench-ops bench-tamiyo
+        bench-cache bench-contracts bench-control bench-growth bench-kasmina bench-mesh bench-ops bench-tamiyo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -62,8 +62,14 @@ bench-contracts: setup ## sizes and codec times of the contracts, as JSON lines
 bench-control: setup ## what an absent or dying control plane costs a training loop, as JSON lines
 	$(BIN)/python -m loadtests.bench_control
 
-bench-growth: setup ## what growth costs a training loop, as JSON lines
+bench-growth: setup ## transitions, state and health samples, as JSON lines
 	$(BIN)/python -m loadtests.bench_growth
+
+bench-kasmina: setup ## every figure of the runtime: dormant, active, wrapping, parts, cache, device operations
+	$(BIN)/python -m loadtests.bench_kasmina
+	$(BIN)/python -m loadtests.bench_growth
+	$(BIN)/python -m loadtests.bench_cache
+	$(BIN)/python -m loadtests.bench_ops
 
 bench-mesh: setup ## overhead of the chassis, logging, settings, start-up, as JSON lines
 	$(BIN)/python -m loadtests.bench_mesh
