@@ -310,6 +310,28 @@ def test_missing_is_missing() -> None:
     assert run.boundary(run.decide(Action.ADVANCE, to_stage=S.FOSSILIZED)).applied[0].done
 
 
+def test_a_validation_that_fails_while_a_seed_is_measured_does_not_cost_the_seed() -> None:
+    """It is EVALUATING without a measurement, which is made at the next boundary; the defect is counted."""
+    run = Run()
+    run.germinate(to=S.GRAFTING)
+    run.advance(S.STABILIZING)
+    run.steps()
+    calls = []
+
+    def validate() -> object:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise ZeroDivisionError("the user's own")
+        return run.validate()
+
+    report = run.boundary(run.decide(Action.ADVANCE, to_stage=S.EVALUATING), metrics=validate)
+    assert (True, S.EVALUATING) == (report.applied[0].done, report.applied[0].stage)
+    assert 1 == run.growth.counters["failed_measure"]
+    assert run.growth.life.runs[run.site()].counterfactual is None
+    run.boundary()
+    assert run.growth.life.runs[run.site()].counterfactual is not None
+
+
 def test_a_failed_measurement_leaves_nothing_behind() -> None:
     """A seed whose measuring fails is not judged by what was measured before; the others are measured all the same."""
     run = Run()

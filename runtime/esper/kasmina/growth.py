@@ -113,7 +113,7 @@ class Growth:
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
         self._began = time.monotonic()
-        self._decider = Decider(self.life, self.plane, record=self._record, measure=self.measurer.measure)
+        self._decider = Decider(self.life, self.plane, record=self._record, measure=self._measure_one)
         self._said: set[str] = set()
         self._closed = False
 
@@ -254,7 +254,11 @@ class Growth:
         for run in judged:
             run.counterfactual = None
         for run in judged:
-            self._guard("measure", partial(self.measurer.measure, run))
+            self._measure_one(run)
+
+    def _measure_one(self, run: SeedRun) -> None:
+        """An error of the user's own validation is not the seed's fault: it is measured again at the next boundary."""
+        self._guard("measure", partial(self.measurer.measure, run))
 
     def _advice(self, found: object) -> Advice | None:
         if found is None:
