@@ -655,6 +655,22 @@ async def test_nothing_is_fetched_ahead_while_memory_is_scarce(open_link, librar
     assert (await on_trainer(_fetch, link, library.id)).id == library.id
 
 
+async def test_what_is_fetched_ahead_is_under_way_until_it_is_settled(open_link, library):
+    """Told from the call on, until it is there, refused, or declined for want of room; and never without a loop."""
+    link = open_link(loaded_bytes=1)
+    library.gate = asyncio.Event()
+    link.prefetch([library.id])
+    assert {library.id} == link.under_way([library.id, "sha256:" + "0" * 64])
+    await until(lambda: library.downloads)
+    assert {library.id} == link.under_way([library.id])
+    library.gate.set()
+    await until(lambda: not link.under_way([library.id]))
+    assert (None, 1) == (link.kernel(library.id), link._kernels.cache.stats.declined)
+    await on_trainer(link.close, 2.0)
+    link.prefetch([library.id])
+    assert not link.under_way([library.id])
+
+
 def test_a_link_is_made_without_torch(run_python):
     """Torch is imported by the worker that loads the first kernel, not by whoever makes a link."""
     run_python("import sys, esper.kasmina.link as l; l.MeshLink('127.0.0.1:1'); assert 'torch' not in sys.modules")

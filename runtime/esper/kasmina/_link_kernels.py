@@ -74,6 +74,8 @@ class KernelFetcher:
         self._lock = threading.Lock()
         self._refusals: OrderedDict[str, EsperError] = OrderedDict()
         self._jobs: dict[str, _Job] = {}
+        self._announced: set[str] = set()
+        """Asked for ahead, and not yet looked at by the loop."""
         self._held: frozenset[str] = frozenset()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="esper-kernels")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="esper-kernels-ahead")
@@ -107,6 +109,22 @@ class KernelFetcher:
                 raise refusal
         return self.cache.get(kernel_id)
 
+    def announce(self, kernel_ids: Sequence[str]) -> None:
+        """Count kernels as under way that `request_ahead` is about to be called with."""
+        with self._lock:
+            self._announced.update(kernel_ids)
+
+    def dismiss(self, kernel_ids: Sequence[str]) -> None:
+        """Undo `announce`."""
+        with self._lock:
+            self._announced.difference_update(kernel_ids)
+
+    def under_way(self, kernel_ids: Sequence[str]) -> frozenset[str]:
+        """Those of these kernels that are being fetched; any other that is not in the cache will not come."""
+        with self._lock:
+            # In this order: an announced kernel becomes a job before it is dismissed.
+            return frozenset(k for k in kernel_ids if k in self._announced or k in self._jobs)
+
     # Event loop
 
     def request(self, kernel_id: str, signature: Signature) -> None:
@@ -137,6 +155,7 @@ class KernelFetcher:
             known = kernel_id in self._jobs or self.cache.get(kernel_id) is not None
             if not known and len(self._jobs) < self._settings.max_kernels and self.cache.roomy:
                 self._begin(kernel_id, None)
+        self.dismiss(kernel_ids)
 
     def hold_only(self, kernel_ids: Sequence[str]) -> None:
         """Hold these kernels and let go of all others; the cache also looks whether memory has become scarce."""

@@ -339,6 +339,12 @@ class ControlPlane(Protocol):
     def prefetch(self, kernel_ids: Sequence[str]) -> None:
         """Begin to fetch what is likely to be wanted soon; failures are forgotten, `request_kernel` will tell."""
 
+    def under_way(self, kernel_ids: Sequence[str]) -> frozenset[str]:
+        """Those of these kernels that are still being fetched.
+
+        One that is neither there nor among them was refused, or not kept for want of room: it will not come by waiting.
+        """
+
     def kernel(self, kernel_id: str) -> object | None:
         """The loaded ``esper.kasmina.kernels.Kernel``, or None while it is not there yet.
 

@@ -140,11 +140,18 @@ class MeshLink:
     def prefetch(self, kernel_ids: Sequence[str]) -> None:
         """Begin to fetch, verify and load what is likely to be wanted soon; failures are forgotten."""
         if kernel_ids:
-            self._post(self._kernels.request_ahead, tuple(kernel_ids))
+            wanted = tuple(kernel_ids)
+            self._kernels.announce(wanted)
+            if not self._post(self._kernels.request_ahead, wanted):
+                self._kernels.dismiss(wanted)
 
     def hold_kernels(self, kernel_ids: Sequence[str]) -> None:
         """Keep these kernels loaded, and those requested from now on; any other may leave the cache."""
         self._post(self._kernels.hold_only, tuple(kernel_ids))
+
+    def under_way(self, kernel_ids: Sequence[str]) -> frozenset[str]:
+        """Those of these kernels that are still being fetched; any other is there, was refused, or was not kept."""
+        return self._kernels.under_way(kernel_ids)
 
     def kernel(self, kernel_id: str) -> Kernel | None:
         """The loaded kernel, or None while it is not there.

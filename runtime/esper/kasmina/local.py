@@ -68,6 +68,11 @@ class LocalPlane:
         """Remember which are in use; all that are at hand stay."""
         self.held = tuple(kernel_ids)
 
+    def under_way(self, kernel_ids: Sequence[str]) -> frozenset[str]:
+        """None: what is not at hand never comes."""
+        del kernel_ids
+        return frozenset()
+
     def kernel(self, kernel_id: str) -> object | None:
         """The kernel at hand, or None."""
         return self.kernels.get(kernel_id)

@@ -164,12 +164,31 @@ class TestKernelsOfARun:
                     raise NotFound("refused by the test")
                 return object() if self.looks > 4 else None
 
+            def under_way(self, kernel_ids):
+                return frozenset(kernel_ids) if self.looks <= 4 else frozenset()
+
         plane = SlowPlane()
         server = mesh([(2, 0, 0)], SigningKey.generate())
         network = self.network(make_run, kernel_cache, plane, server.address)
         network.prepare(lambda _: None, lambda: False)
         assert plane.looks > 4
         assert 1 == len(network.state_dict()["trust"])
+
+    @pytest.mark.timeout(20)
+    def test_kernels_that_were_not_kept_are_not_waited_for(self, mesh, make_run, kernel_cache):
+        """A cache without room declines what no seed uses: it will not be there however long one waits."""
+
+        class FullPlane(LocalPlane):
+            looks = 0
+
+            def under_way(self, kernel_ids):
+                self.looks += 1
+                return frozenset(kernel_ids) if self.looks < 3 else frozenset()
+
+        plane = FullPlane()
+        server = mesh([(2, 0, 0)], SigningKey.generate())
+        self.network(make_run, kernel_cache, plane, server.address).prepare(lambda _: None, lambda: False)
+        assert 3 == plane.looks
 
     def test_a_resume_loads_the_checkpoints_kernel_by_the_keys_it_knows(self, make_run, kernel_cache):
         """Verified bundle: loaded. Altered bundle, foreign key or no key: left to the library."""
