@@ -136,7 +136,8 @@ class _Recomputed(nn.Module):
     def __init__(self, *, recompute: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2))
+        layers = [(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh()) for _ in range(2)]
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in layers)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def test_the_input_of_a_span_may_be_a_parameter_or_a_buffer(kind: Any) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.table = kind(torch.rand(5, 4))
-            self.body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
+            self.body = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4), nn.Tanh())
 
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.body(self.table).T

@@ -270,6 +270,28 @@ def test_watch_ends_with_an_exception() -> None:
     assert not model._forward_hooks
 
 
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+def test_a_branch_is_offered_once() -> None:
+    """One around gate and up is the one around up; those from gate and from up to down are one, as is the block's."""
+
+    def spans(model: nn.Module) -> set[str]:
+        found = _find(model, torch.ones(2, 6)).sites
+        return {s.descriptor.name for s in found if s.descriptor.granularity == "span"}
+
+    assert {"gate..down"} == spans(_Gated())
+    assert not spans(nn.Sequential(_Gated(), nn.ReLU()))
+    behind_relu = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.ReLU(inplace=True)), nn.ReLU())
+    assert {"0.0..0.1"} == spans(behind_relu)
+
+
 class _Causal(nn.Module):
     def __init__(self, *, causal: bool, form: str = "rows") -> None:
         super().__init__()

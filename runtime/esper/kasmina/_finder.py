@@ -112,10 +112,19 @@ class Finder:
                 continue
             result += self._attempt(name, name, name, granularity)
         parents = ["", *(n for n in self.modules if n not in leaves)]
+        branches = {self._branch(d.source, d.target) for d in result if d.kind is SiteKind.PARALLEL}
         for parent in parents:
             for first, last in self._spans(parent):
-                result += self._attempt(f"{first}..{last}", first, last, "span")
+                # Queries and keys read the same tensor: a branch around both is the one around the keys again.
+                if (branch := self._branch(first, last)) not in branches:
+                    branches.add(branch)
+                    result += self._attempt(f"{first}..{last}", first, last, "span")
         return result
+
+    def _branch(self, source: str, target: str) -> tuple[object, object]:
+        """Which tensor a branch would read and which it would add to; their names where that is not known."""
+        x, y = self.calls[source].source, self.calls[target].result
+        return source if x is None else x, target if y is None else y
 
     def _is_real_block(self, name: str) -> bool:
         """A wrapper around a single module would be the same site twice, and a list is never called."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.kasmina._ports import first_tensor, output_tensor, why_no_tensor
 
@@ -47,6 +48,10 @@ class Call:
     """Input and output of each call, the same only once; None where it is no tensor."""
     why: str = ""
     """Why an output is no tensor; empty where each call gave one."""
+    source: tuple[int, int] | None = None
+    """Number and version of the tensor that the first call was given: the same ones, the same tensor."""
+    result: tuple[int, int] | None = None
+    """Those of the tensor that the first call gave."""
     running: list[Spec | None] = field(default_factory=list)
     """Inputs of the calls that have begun and not ended, outermost first."""
 
@@ -68,6 +73,8 @@ class Recorder:
         self.calls: dict[str, Call] = {}
         self._model = model
         self._clock = 0
+        # By identity and without keeping them: a tensor that is gone leaves its memory, not its number, to others.
+        self._numbers = WeakIdKeyDictionary()
 
     def install(self) -> list[RemovableHandle]:
         """Put the observing hooks on every module but the model itself; compiled by TorchScript they take none."""
@@ -83,12 +90,19 @@ class Recorder:
         self._clock += 1
         return self._clock
 
+    def _number(self, x: Tensor) -> tuple[int, int]:
+        # What is written in place is another tensor; those of inference mode do not count their versions.
+        version = 0 if x.is_inference() else x._version  # noqa: SLF001  # has no public name
+        return self._numbers.setdefault(x, self._clock), version  # type: ignore[no-untyped-call]  # torch leaves it so
+
     def _before(self, call: Call) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call.calls += 1
             if call.calls == 1:
                 call.start = self._tick()
             x = first_tensor(args, kwargs)
+            if call.calls == 1 and x is not None:
+                call.source = self._number(x)
             call.running.append(None if x is None or x.is_nested else Spec.of(x))
 
         return hook
@@ -98,7 +112,10 @@ class Recorder:
             call.end = self._tick()
             why = why_no_tensor(output)
             call.why = call.why or why
-            form = (call.running.pop(), None if why else Spec.of(output_tensor(output)))
+            y = None if why else output_tensor(output)
+            if call.calls == 1 and y is not None:
+                call.result = self._number(y)
+            form = (call.running.pop(), None if y is None else Spec.of(y))
             if form not in call.forms:
                 call.forms.append(form)
 
