@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina._ports import first_tensor
-from esper.kasmina._quiet import untouched
+from esper.kasmina._quiet import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,8 +38,7 @@ def is_causal(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if not pairs:
         return None
     found: list[bool | None] = []
-    with untouched(model), torch.no_grad():
-        model.eval()
+    with evaluating(model):
         before = _tensors(model(*args, **kwargs))
         for x, changed in pairs:
             others = dict(zip(kwargs, _swap(tuple(kwargs.values()), x, changed), strict=True))

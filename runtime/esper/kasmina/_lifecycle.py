@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from esper.kasmina import _facts, seeds
+from esper.kasmina._compile import forget_graphs
 from esper.kasmina._gradient import HostGradient
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
@@ -228,6 +229,8 @@ class Lifecycle:
         self.watch.begin(run.index)
         run.losses_before = self.watch.detector.seen
         self.join(run)
+        if run.isolation is not None:
+            forget_graphs()  # those that tap what isolation wants
         run.isolation = None
         run.attachment.seed.capture = None
         run.attachment.seed.measuring = True

@@ -105,6 +105,11 @@ class Measurer:
         self._on = found.losses
         return found
 
+    def repeat(self) -> None:
+        """Run the validation for those who watch its forwards; what it finds is not kept."""
+        self._run()
+        self.passes += 1
+
     def forget(self) -> None:
         """The network has changed: the losses with all seeds on must be taken anew."""
         self._on = None

@@ -1,11 +1,19 @@
-"""Learns where a model can grow from a forward that happens anyway, and samples its health on some later ones."""
+"""Learns where a model can grow from a forward that happens anyway, and samples its health on some later ones.
+
+A compiled training forward shows its hooks nothing, and is never made to: it would be compiled again, or compute other
+bits than the model alone. There one validation is run without the compiler, at the first boundary, to learn the sites
+and the inputs of its first forward; that forward is repeated at each boundary for the health of the sites. Gradients at
+sites are not measured then.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from esper.kasmina._causal import is_causal
+from esper.kasmina._compile import compiler_loaded, eagerly, is_compiled
 from esper.kasmina._probe import Call, ForwardWatch, Recorder
+from esper.kasmina._quiet import evaluating
 from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import Discovery, Selection, discover, observe
@@ -26,6 +34,7 @@ __all__ = ["Observation"]
 
 _log = get_logger("esper.kasmina.growth")
 _MAX_MISSES = 3
+_PER_BOUNDARY = 64
 
 
 class Observation:
@@ -50,6 +59,8 @@ class Observation:
         self.refusals: tuple[Refusal, ...] = ()
         self.gradient_norm: float | None = None
         """L2 norm of the host's gradient at the last sampled step."""
+        self.compiled = is_compiled(life.model)
+        """True where training forwards are compiled; what can not be known is seen at the first step."""
         self._life = life
         self._model = life.model
         self._config = config
@@ -57,13 +68,23 @@ class Observation:
         self._ready = ready
         self._seen: tuple[Recorder, tuple[Any, ...], Mapping[str, Any]] | None = None
         self._watch: ForwardWatch | None = None
+        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        """Of a validation's first forward, where training forwards are compiled."""
+        self._due = False
+        """True where the step that is under way is a sampled one of a compiled model."""
         self._misses = 0
 
     def look(self, example_inputs: tuple[Any, ...] | None) -> None:
         """Learn the sites from example inputs now, or from the next forward with gradients."""
-        if example_inputs is not None:
-            self._settle(observe(self._model, example_inputs), example_inputs, {})
+        if example_inputs is None:
+            # Hooks on a forward that is about to be compiled would be compiled in.
+            self._watch = None if self.compiled else self._discovering(graded=True)
             return
+        with eagerly():
+            calls = observe(self._model, example_inputs)
+        self._settle(calls, example_inputs, {})
+
+    def _discovering(self, *, graded: bool) -> ForwardWatch:
         recorder = Recorder(self._model)
 
         def enter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RemovableHandle]:
@@ -75,7 +96,39 @@ class Observation:
                 self._seen = None
                 recorder.calls.clear()
 
-        self._watch = ForwardWatch(self._model, enter, leave)
+        return ForwardWatch(self._model, enter, leave, graded=graded)
+
+    def look_at_validation(self, validate: Callable[[], object]) -> None:
+        """Where training forwards are compiled: learn sites and health from held-out data.
+
+        Args:
+            validate: runs it; called once in a run, afterwards one forward is enough.
+        """
+        if not self.compiled or not (self._config.sample_every or self.sampler is None):
+            return
+        if self._inputs is None:
+            watch = self._discovering(graded=False)
+            try:
+                with eagerly():
+                    validate()
+            finally:
+                watch.disarm()
+            if self._seen is None:
+                return
+            self._inputs = self._seen[1:]
+            if self.sampler is None:
+                self.settle()
+            self._seen = None
+        args, kwargs = self._inputs
+        if self.sampler is not None and self._config.sample_every:
+            with eagerly(), evaluating(self._model):
+                handles = self.sampler.install(_PER_BOUNDARY)
+                try:
+                    self._model(*args, **kwargs)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+            self.sampler.collect()
 
     @property
     def pending(self) -> bool:
@@ -102,7 +155,8 @@ class Observation:
         found = find(causal=bool(config.causal))
         sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
         if config.causal is None and sequences:
-            causal = is_causal(self._model, args, kwargs)
+            with eagerly():
+                causal = is_causal(self._model, args, kwargs)
             if causal is None:
                 _log.warning("sequences are taken to be causal: an experiment could not tell; say it with causal=")
             if causal is not False:
@@ -121,22 +175,32 @@ class Observation:
     def arm(self, step: int) -> None:
         """Have the next forward sampled when it is its turn."""
         every = self._config.sample_every
+        if self._watch is not None and self._watch.armed and compiler_loaded():
+            # A step was made, and the forward before it did not run its hooks.
+            self._watch.disarm()
+            self._watch, self.compiled = None, True
+            _log.info("the model is compiled: sites and health are learnt from validations")
         if self._watch is not None and self.sampler is not None:
             # Its forward may come at any step; the gradient is wanted on that one.
             self._life.gradient.want()
-        if self.sampler is None or not every or step % every or self._misses >= _MAX_MISSES:
+        if not every or step % every or (self.sampler is None and not self.compiled) or self._misses >= _MAX_MISSES:
+            return
+        if self.compiled:
+            self._due = True
+            self._life.gradient.want()
             return
         if self._watch is not None:
-            # A compiled model, or one that is called around its forward, never shows its hooks a forward.
+            # A model that is called around its forward never shows its hooks one.
             self._misses += 1
             if self._misses == _MAX_MISSES:
                 self.reset()
-                _log.warning("health samples end: the model's forward does not run its hooks; is it compiled?")
+                _log.warning("health samples end: the model's forward does not run its hooks")
             return
         for run in self._life.runs.values():
             if run.attachment is not None:
                 run.attachment.seed.measuring = True
         sampler = self.sampler
+        assert sampler is not None
         self._watch = ForwardWatch(self._model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
         self._life.gradient.want()
 
@@ -146,11 +210,14 @@ class Observation:
         Args:
             gradient: the host's at this step, where it is known.
         """
-        if self.sampler is None or self._watch is None or self._watch.armed:
+        if self._due:
+            self._due = False
+        elif self.sampler is None or self._watch is None or self._watch.armed:
             return False
-        self._watch = None
-        self._misses = 0
-        self.sampler.collect()
+        else:
+            self._watch = None
+            self._misses = 0
+            self.sampler.collect()
         if gradient is not None:
             norm = gradient.norm
 
@@ -165,5 +232,6 @@ class Observation:
         if self._watch is not None:
             self._watch.disarm()
             self._watch = None
+        self._due, self._inputs = False, None
         self._life.gradient.take()
         self._seen = None

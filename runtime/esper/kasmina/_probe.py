@@ -132,6 +132,7 @@ class ForwardWatch:
         model: whose forward to watch.
         enter: called with the forward's arguments, returns the hooks to remove.
         leave: called with the output, or None after an exception.
+        graded: False watches any forward, of a validation too.
     """
 
     def __init__(
@@ -139,7 +140,10 @@ class ForwardWatch:
         model: nn.Module,
         enter: Callable[[tuple[Any, ...], Mapping[str, Any]], list[RemovableHandle]],
         leave: Callable[[Any], None],
+        *,
+        graded: bool = True,
     ) -> None:
+        self._graded = graded
         self._enter = enter
         self._leave = leave
         self._inner: list[RemovableHandle] = []
@@ -155,13 +159,14 @@ class ForwardWatch:
         return bool(self._handles)
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._running:
+        if torch.compiler.is_compiling() or (self._graded and not torch.is_grad_enabled()) or self._running:
             return
         self._running = True
         self._inner = self._enter(args, kwargs)
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if not self._running:
+        # In this order: a graph must not depend on what only an uncompiled forward knows.
+        if torch.compiler.is_compiling() or not self._running:
             return
         self._running = False
         self._clear()

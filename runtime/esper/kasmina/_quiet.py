@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["preserved_random_state", "untouched"]
+__all__ = ["evaluating", "preserved_random_state", "untouched"]
 
 
 @contextmanager
@@ -48,3 +48,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 # Comparing first keeps the version counter, and with it any graph that saved the buffer.
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`untouched`, in evaluation mode and without gradients: for forwards that nobody asked for."""
+    with untouched(model), torch.no_grad():
+        model.eval()
+        yield

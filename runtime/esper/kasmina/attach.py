@@ -12,7 +12,6 @@ Hooks are bound methods of the child: ``copy.deepcopy(model)`` gives a copy whos
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina._compile import forget_graphs, register_tap, tap
 from esper.kasmina._ports import Port, first_tensor, fit, output_tensor, replace_first
 from esper.kasmina.control import SiteKind
 from esper.kasmina.seeds import Execution
@@ -84,18 +84,6 @@ def owner_of(module: nn.Module) -> nn.Module:
     )
 
 
-def _guard_hooks() -> None:
-    """Have compiled models notice hooks: by default dynamo ignores those that come after compilation.
-
-    Done when the first seed is attached, and only where dynamo is loaded: what was compiled until then is compiled
-    once more, afterwards each set of hooks keeps its own graph.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        dynamo.config.skip_nnmodule_hook_guards = False
-        dynamo.reset()
-
-
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # has no public name
 
@@ -121,6 +109,7 @@ class SeedModule(nn.Module):
         capture_elements: bound of what isolation keeps of one forward, in elements.
     """
 
+    gate: Tensor
     alpha: Tensor
     """0-dimensional, float32, on the device of the site: never a Python number, so that graphs survive its changes."""
 
@@ -130,9 +119,10 @@ class SeedModule(nn.Module):
         self.delta = delta
         device = next((p.device for p in delta.parameters()), torch.device("cpu"))
         self.register_buffer("alpha", torch.zeros((), device=device))
+        # What `enabled` is to a compiled graph: a Python value would be a graph of its own.
+        self.register_buffer("gate", torch.ones((), dtype=torch.bool, device=device), persistent=False)
         self.mode = Execution.ABSENT
-        self.enabled = True
-        """False while a counterfactual runs the network without this seed."""
+        self._enabled = True
         self.measuring = False
         """True while the ratio of alpha * delta to y is wanted."""
         self.ratio: Tensor | None = None
@@ -148,6 +138,19 @@ class SeedModule(nn.Module):
         self._x: tuple[Tensor | None] = (None,)
         self._used = False
         """True where the last module of the span has seen `_x`."""
+        self._watched: Capture | None = None
+        """What a compiled graph has shown of the forward, until its backward comes by."""
+        self._tap = register_tap(self)
+
+    @property
+    def enabled(self) -> bool:
+        """False while a counterfactual runs the network without this seed."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        self.gate.fill_(value)
 
     def forward(self, x: Any) -> Any:
         """Identity: a seed acts by its hooks, and a host that runs all its children in turn runs it without effect."""
@@ -155,7 +158,12 @@ class SeedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the activation of the last forward, which belongs to a graph that can not be copied."""
-        return {**self.__dict__, "_x": (None,)}
+        return {**self.__dict__, "_x": (None,), "_watched": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is tapped for itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._tap = register_tap(self)
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-forward hook at the first module of a span: remember x."""
@@ -163,7 +171,8 @@ class SeedModule(nn.Module):
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
-        if self.mode is Execution.ABSENT or not self.enabled or self.error:
+        compiling = torch.compiler.is_compiling()
+        if self.mode is Execution.ABSENT or self.error or not (compiling or self._enabled):
             return None
         y = output_tensor(output)
         x = y
@@ -173,19 +182,21 @@ class SeedModule(nn.Module):
                 return None
             x = seen
         if self.mode is Execution.ISOLATED:
-            self._watch(x, y)
-            return None
+            watched = self._watch(x, y)
+            return None if watched is None else replace_first(output, watched)
         try:
             scaled = self._change(x, y)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             # Activation checkpointing ends a recomputation by an exception of its own.
-            if torch.compiler.is_compiling() or _in_backward():
+            if compiling or _in_backward():
                 raise
             self.error = f"{type(error).__name__}: {error}"
             return None
-        if self.measuring and torch.is_grad_enabled():
+        # Asked in this order: evaluation is not to be compiled again because training no longer measures.
+        if torch.is_grad_enabled() and self.measuring:
             self._measure(scaled, y)
-        return replace_first(output, y + scaled.to(y.dtype))
+        changed = y + scaled.to(y.dtype)
+        return replace_first(output, torch.where(self.gate, changed, y) if compiling else changed)
 
     def _change(self, x: Tensor, y: Tensor) -> Tensor:
         """The change, alpha * delta, in the order of the host."""
@@ -200,6 +211,10 @@ class SeedModule(nn.Module):
         Inside a backward it may be asked for once more: there, activation checkpointing runs the last module of the
         span again, without the first one.
         """
+        if torch.compiler.is_compiling():
+            # Left there, it would be one more result of the graph. Checkpointing is traced as a whole.
+            x, self._x = self._x[0], (None,)
+            return x
         if self._used and not _in_backward():
             return None
         self._used = True
@@ -221,20 +236,44 @@ class SeedModule(nn.Module):
             ratio = torch.linalg.vector_norm(scaled.detach(), dtype=torch.float32)
             self.ratio = ratio / size.clamp_min(torch.finfo(torch.float32).tiny)
 
-    def _watch(self, x: Tensor, y: Tensor) -> None:
-        """Keep a bounded copy and ask for the gradient at y; the host's values and graph stay as they are."""
+    def _watch(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Keep a bounded copy and ask for the gradient at y; the host's values and graph stay as they are.
+
+        Returns:
+            What takes the place of `y` in a compiled graph: the same values, tapped.
+        """
         if not (torch.is_grad_enabled() and y.requires_grad):
-            return
-        with torch.no_grad():
-            rows = max(1, min(len(y), self._captures * len(y) // max(1, y.numel())))
-            features = self._features(x.detach(), y.detach())[:rows].clone()
-            record = Capture(features, self._to.canonical(y.detach())[:rows].clone())
+            return None
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                features = self._features(x.detach(), y.detach())
+            return tap(y, features, self._tap)
+        record = self._record(self._features(x.detach(), y.detach()), y)
 
         def keep(gradient: Tensor) -> None:
-            record.gradient = self._to.canonical(gradient.detach())[:rows].clone()
-            self.capture = record
+            self._complete(record, gradient)
 
         y.register_hook(keep)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return None
+
+    def _record(self, features: Tensor, y: Tensor) -> Capture:
+        rows = max(1, min(len(y), self._captures * len(y) // max(1, y.numel())))
+        with torch.no_grad():
+            return Capture(features[:rows].clone(), self._to.canonical(y.detach())[:rows].clone())
+
+    def _complete(self, record: Capture, gradient: Tensor) -> None:
+        record.gradient = self._to.canonical(gradient.detach())[: len(record.y)].clone()
+        self.capture = record
+
+    def tapped(self, y: Tensor, features: Tensor) -> None:
+        """As an uncompiled forward would have kept it."""
+        self._watched = self._record(features, y)
+
+    def tapped_gradient(self, gradient: Tensor) -> None:
+        """As an uncompiled backward would have kept it."""
+        if self._watched is not None:
+            record, self._watched = self._watched, None
+            self._complete(record, gradient)
 
 
 @dataclass(slots=True)
@@ -254,7 +293,6 @@ class Attachment:
         Raises:
             Conflict: no owner, or the host already has an attribute of the child's name.
         """
-        _guard_hooks()
         target, source = model.get_submodule(site.target), model.get_submodule(site.source)
         owner, name = owner_of(target), child_name(site.index)
         if hasattr(owner, name):
@@ -266,6 +304,7 @@ class Attachment:
             attachment.handles.append(source.register_forward_pre_hook(seed.before, with_kwargs=True))
         attachment.handles.append(target.register_forward_hook(seed.after, with_kwargs=True))
         attachment._avoid_nested_tensors(model, site)
+        forget_graphs()
         return attachment
 
     def _avoid_nested_tensors(self, model: nn.Module, site: Site) -> None:
@@ -280,6 +319,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove hooks and child; calling it again does nothing."""
+        if self.handles:
+            forget_graphs()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -47,7 +47,7 @@ class Config:
     advise_deadline_s: float = 0.25
     """Longest wait for the controller at a boundary."""
     sample_every: int = 10
-    """Optimizer steps between health samples; 0 turns them off, as a compiled model wants."""
+    """Optimizer steps between health samples; 0 turns them off. A compiled model is sampled at boundaries."""
     sites_per_sample: int = 8
     """Output modules measured on one sampled step, in rotation."""
     drain_timeout_s: float = 1.0

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esper.kasmina import _checkpoint, _report, _summary
+from esper.kasmina._compile import inner_module
 from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader, scalar
@@ -96,6 +97,7 @@ class Growth:
     ) -> None:
         self.config = Config() if config is None else config
         self.run_id = self.config.run_id or _report.new_run_id()
+        model = inner_module(model)
         self.model = model
         self.optimizer = optimizer
         self.steps = 0
@@ -218,7 +220,8 @@ class Growth:
             self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
         elif self.steps:
             self._say_once(
-                "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs"
+                "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs, or "
+                "boundary() a callable where the model is compiled"
             )
         self.measurer.forget()
         self.plane.hold_kernels(self.life)
@@ -229,9 +232,9 @@ class Growth:
         return report
 
     def _validate(self, metrics: object) -> Validation:
-        if callable(metrics):
-            return self.measurer.validate(metrics)
-        validation = read_validation(metrics)
+        validation = self.measurer.validate(metrics) if callable(metrics) else read_validation(metrics)
+        if self.measurer.possible:
+            self._guard("observation", partial(self.observation.look_at_validation, self.measurer.repeat))
         if not self.measurer.possible and any(s is Stage.FINE_TUNING for s in map(self.life.stage, self.life.runs)):
             self._say_once(
                 "seeds stay in FINE_TUNING: their worth can not be measured without a validation to repeat; "
@@ -448,7 +451,7 @@ def wrap(
         model,
         optimizer,
         plane=plane,
-        select=Selection(model, sites, exclude),
+        select=Selection(inner_module(model), sites, exclude),
         validate=validate,
         config=config or Config(**options),
     )

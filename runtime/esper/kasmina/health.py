@@ -138,9 +138,13 @@ class HealthSampler:
         self._taken: dict[str, tuple[Tensor, list[Tensor], int]] = {}
         self._found: dict[str, tuple[float | None, float | None, float | None]] = {}
 
-    def install(self) -> list[RemovableHandle]:
-        """Hooks for the forward that is about to run, at the outputs whose turn it is."""
-        count = min(self._per_sample, len(self._targets))
+    def install(self, count: int | None = None) -> list[RemovableHandle]:
+        """Hooks for the forward that is about to run, at the outputs whose turn it is.
+
+        Args:
+            count: of outputs; None takes ``per_sample``.
+        """
+        count = min(self._per_sample if count is None else count, len(self._targets))
         chosen = [self._targets[(self.position + i) % len(self._targets)] for i in range(count)]
         self.position = (self.position + count) % max(1, len(self._targets))
         self._taken = {}

@@ -178,12 +178,12 @@ class NewbornGroups:
         self._entries[seed].alpha = alpha
 
     def freeze(self, seed: int, frozen: bool) -> None:
-        """Stop or resume learning; moments are kept."""
+        """Stop or resume learning; moments are kept.
+
+        The parameters go on asking for gradients, which are dropped before the optimizer sees them: what is compiled,
+        or reduced over ranks, stays as it is.
+        """
         self._entries[seed].frozen = frozen
-        for parameter in self._group(seed)["params"]:
-            parameter.requires_grad_(not frozen)
-            if frozen:
-                parameter.grad = None
 
     def merge(self, seed: int) -> None:
         """Begin to take over the host's learning rate and weight decay."""
@@ -210,6 +210,9 @@ class NewbornGroups:
             if entry.merging >= 0:
                 entry.merging = min(entry.merging + 1, self.merge_steps)
             self._follow(entry, group, hosts[entry.host])
+            if entry.frozen:
+                for parameter in group["params"]:
+                    parameter.grad = None
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if not gradients or entry.merging >= self.merge_steps:
                 continue

@@ -18,11 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from esper.kasmina._finder import MAX_SPAN, Finder
 from esper.kasmina._probe import Call, Recorder
-from esper.kasmina._quiet import untouched
+from esper.kasmina._quiet import evaluating
 from esper.kasmina._select import Selection, Selectors
 from esper.kasmina._site import Refusal, Site, site_document, site_from_document
 
@@ -61,8 +59,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     Training flags, buffers and random state are as before afterwards.
     """
     recorder = Recorder(model)
-    with untouched(model), torch.no_grad():
-        model.eval()
+    with evaluating(model):
         handles = recorder.install()
         try:
             model(*args, **(kwargs or {}))

@@ -131,8 +131,9 @@ class KernelModule(nn.Module):
 
     def _run(self, compiled: tuple[Callable[..., Tensor], Any] | None, x: Tensor, held: list[Any]) -> Tensor:
         inner = x if x.dtype == self._dtype else x.to(self._dtype)
-        # Compiled code for a batch of nothing is not worth its risks.
-        if compiled is None or not x.numel():
+        # Compiled code for a batch of nothing is not worth its risks. Where the host itself is being compiled, the
+        # graph becomes a part of it, and is optimised together with what stands around it.
+        if compiled is None or torch.compiler.is_compiling() or not x.numel():
             result = self.kernel.portable(in_order(inner), *held)
         else:
             result = _Compiled.apply(compiled, inner, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
