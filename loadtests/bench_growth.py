@@ -7,6 +7,7 @@ Prints JSON lines (`_report.py`), in processor time of the training thread, so t
 
 import statistics
 import time
+import tracemalloc
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from esper.kasmina.control import Stage
 from esper.kasmina.health import HealthSampler, Worker
-from esper.kasmina.layout import SeedLayout
+from esper.kasmina.layout import STATE, STATISTICS, SeedLayout
 from esper.kasmina.sites import discover, observe
 from examples.dormant_equality import HOSTS
 from loadtests._report import Report, Target
@@ -44,10 +45,29 @@ def _transitions(report: Report) -> None:
         return (time.thread_time() - start) / (SEEDS * len(way))
 
     report.measure("transition in bulk", bulk, unit="us", scale=1e6, target=Target.below(1.0), seeds=SEEDS)
-    report.measure("single transition", single, unit="us", scale=1e6, seeds=SEEDS)
+
+    def snapshot() -> float:
+        layout = SeedLayout(SEEDS)
+        start = time.thread_time()
+        for _ in range(SEEDS):
+            layout.snapshot()
+        return (time.thread_time() - start) / SEEDS
+
+    report.measure("single transition", single, unit="us", scale=1e6, target=Target.below(1.0), seeds=SEEDS)
+    report.measure("snapshot for a reader in another thread", snapshot, unit="us", scale=1e6, seeds=SEEDS)
+    tracemalloc.start()
     layout = SeedLayout(SEEDS)
-    size = sum(getattr(layout, name).nbytes for name in ("stage", "steps_in_stage", "boundaries_in_stage", "alpha"))
-    report.add("state of 1,000 seeds", size / 1e6, unit="MB", target=Target.below(1.0), seeds=SEEDS)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    report.add(
+        "state and statistics of 1,000 seeds",
+        size / 1e6,
+        unit="MB",
+        target=Target.below(1.0),
+        seeds=len(layout),
+        columns=len(STATE) + len(STATISTICS),
+        columns_mb=layout.nbytes / 1e6,
+    )
 
 
 def _health(report: Report) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
-from esper.kasmina.attach import Attachment
 from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice, Stage
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.seeds import execution
@@ -186,7 +185,8 @@ def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, K
     seed.load_state_dict(entry["module"])
     seed.ratio = entry["ratio"]
     seed.mode = execution(life.stage(run.index))
-    run.attachment = Attachment.attach(life.model, run.site, seed)
+    life.attach(run, seed)
+    life.layout.note_alpha(run.index, float(seed.alpha))
     if entry["isolation"] is not None:
         run.isolation = life.trainer(seed)
         run.isolation.load_state_dict(entry["isolation"])

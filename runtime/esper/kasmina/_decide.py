@@ -136,7 +136,7 @@ class Decider:
         stage = layout.stage_of(seed)
         if stage is not wanted:
             return [Reason("OTHER", f"seed {seed}: expected {wanted.name} for {action.value}, found {stage.name}")]
-        passed, closed = int(layout.boundaries_in_stage[seed]), int(layout.closed_boundaries[seed])
+        passed, closed = layout.boundaries_of(seed), int(layout.closed_boundaries[seed])
         operator = action is Action.UNLOCK and decision.reason.startswith("OPERATOR")
         if passed < closed and not operator:
             return [Reason("TOO_SOON", f"seed {seed}: expected {closed} boundaries closed, found {passed}")]

@@ -6,6 +6,7 @@ place.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from esper.kasmina.blending import Blend, resolve
 from esper.kasmina.control import Outcome, Stage
 from esper.kasmina.isolation import IsolationTrainer, birth_check
 from esper.kasmina.layout import SeedLayout
+from esper.kasmina.mirror import DeviceMirror
 from esper.kasmina.newborn import NewbornGroups
 from esper.kasmina.seeds import Reason
 from esper.mesh.errors import Conflict
@@ -66,6 +68,7 @@ class Lifecycle:
         self.config = config
         self.sites: tuple[Site, ...] = ()
         self.layout = SeedLayout(0)
+        self.mirror = DeviceMirror(self.layout)
         self.runs: dict[int, SeedRun] = {}
         """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
@@ -82,6 +85,7 @@ class Lifecycle:
         """Take over the sites that were found."""
         self.sites = sites
         self.layout = layout or SeedLayout(len(sites))
+        self.mirror = DeviceMirror(self.layout)
 
     @property
     def parameters_added(self) -> int:
@@ -157,12 +161,12 @@ class Lifecycle:
             return seeds.g3_interface(_facts.interface(run, self.groups, self._steps(run), self._settle_steps))
         if to is Stage.FOSSILIZED:
             return seeds.g4_impact(
-                _facts.impact(run, self.config, self._steps(run), int(self.layout.boundaries_in_stage[run.index]))
+                _facts.impact(run, self.config, self._steps(run), self.layout.boundaries_of(run.index))
             )
         return []
 
     def _steps(self, run: SeedRun) -> int:
-        return int(self.layout.steps_in_stage[run.index])
+        return self.layout.steps_of(run.index)
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +188,7 @@ class Lifecycle:
         self._enter(run, to)
         if run.attachment is not None:
             run.attachment.seed.mode = seeds.execution(to)
+        self.mirror.push()
         if to is Stage.FOSSILIZED:
             self._on_end(run, Outcome.FOSSILIZED, "")
 
@@ -215,9 +220,14 @@ class Lifecycle:
             )
         if run.birth != "zero":
             run.isolation = self.trainer(seed)
-        run.attachment = Attachment.attach(self.model, run.site, seed)
+        self.attach(run, seed)
         # A kernel that came late is attached after those that overtook it: hooks do not run in the order of birth.
         self.runs[run.index] = self.runs.pop(run.index)
+
+    def attach(self, run: SeedRun, seed: SeedModule) -> None:
+        """Put the seed into the host, and its alpha into the mirror."""
+        run.attachment = Attachment.attach(self.model, run.site, seed)
+        self.mirror.bind(seed)
 
     def trainer(self, seed: SeedModule) -> IsolationTrainer:
         """The private training of a seed."""
@@ -247,14 +257,19 @@ class Lifecycle:
         """The strategy that drives the seed's alpha."""
         assert run.attachment is not None
         strategy = resolve(run.choice.blend, run.birth)
-        blend = Blend(strategy, run.choice.blend_steps, run.attachment.seed.alpha)
+        blend = Blend(
+            strategy,
+            run.choice.blend_steps,
+            run.attachment.seed.alpha,
+            write=partial(self.layout.set_alpha, run.index),
+        )
         if blend.needs_host_gradient:
             self.gradient.want()
         return blend
 
     def _stabilize(self, run: SeedRun) -> None:
         assert run.attachment is not None
-        run.attachment.seed.alpha.fill_(1.0)
+        self.layout.set_alpha(run.index, 1.0)
         run.attachment.seed.measuring = False
         self.groups.compensate(run.index, None)
         run.blend = None
@@ -274,7 +289,7 @@ class Lifecycle:
         self._enter(run, Stage.CULLED)
         self._remove(run)
         self._enter(run, Stage.EMBARGOED)
-        self.layout.closed_boundaries[run.index] = embargo
+        self.layout.close(run.index, embargo)
         self._on_end(run, Outcome.CULLED, reason)
 
     def cancel(self, run: SeedRun, reason: str) -> None:
@@ -298,7 +313,7 @@ class Lifecycle:
         reasons = seeds.g5_reset(_facts.leftovers(run, self.model, self.groups, self.watch))
         if not reasons:
             self._enter(run, Stage.DORMANT)
-            self.layout.closed_boundaries[run.index] = 0
+            self.layout.close(run.index, 0)
             del self.runs[run.index]
         return reasons
 
@@ -314,7 +329,7 @@ class Lifecycle:
             if snapshot is not None:
                 self._enter(run, Stage.ROLLED_BACK)
                 self._remove(run)
-                self.layout.closed_boundaries[run.index] = self.config.lock_boundaries
+                self.layout.close(run.index, self.config.lock_boundaries)
                 self._on_end(run, Outcome.ROLLED_BACK, why)
             else:
                 self.cull(run, why, self.config.embargo_boundaries)
@@ -326,19 +341,20 @@ class Lifecycle:
         """ROLLED_BACK for a seed that was rolled back after the checkpoint to which the run went back."""
         self._remove(run)
         self.layout.transition(run.index, Stage.ROLLED_BACK)
-        self.layout.closed_boundaries[run.index] = boundaries
+        self.layout.close(run.index, boundaries)
 
     def take_out(self, run: SeedRun) -> None:
         """Undo all that a seed is to host and optimizer, whatever its stage; fossilized ones too."""
         self.groups.remove(run.index)
         if run.attachment is not None:
             run.attachment.detach()
+            self.mirror.release(run.index)
         run.attachment = run.isolation = run.blend = run.kernel = None
         self.watch.forget(run.index)
 
     def _remove(self, run: SeedRun) -> None:
         self.take_out(run)
-        self.layout.alpha[run.index] = 0.0
+        self.layout.note_alpha(run.index, 0.0)
 
     # ---- clocks ------------------------------------------------------------------------------------------------------
 
@@ -369,3 +385,4 @@ class Lifecycle:
                 run.blend.step(_facts.signals(run, self.groups, loss, gradient))
                 if run.blend.needs_host_gradient:
                     self.gradient.want()
+        self.mirror.push()

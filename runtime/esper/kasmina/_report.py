@@ -102,16 +102,16 @@ def _seed_state(growth: Growth, run: SeedRun) -> SeedState:
         reasons = life.gate(run, seeds.FORWARD[seeds.FORWARD.index(stage) + 1])
         blocked = reasons[0].code if reasons else ""
     elif stage in {Stage.EMBARGOED, Stage.ROLLED_BACK}:
-        closed = life.layout.boundaries_in_stage[seed] < life.layout.closed_boundaries[seed]
+        closed = life.layout.boundaries_of(seed) < life.layout.closed_boundaries[seed]
         blocked = "TOO_SOON" if closed else ""
     alpha = 0.0 if run.attachment is None else float(run.attachment.seed.alpha)
-    life.layout.alpha[seed] = alpha
+    life.layout.note_alpha(seed, alpha)
     norm = run.isolation.gradient_norm if run.isolation is not None else _read(life.groups.gradient_norm(seed))
     return SeedState(
         index=seed,
         stage=stage,
-        boundaries_in_stage=int(life.layout.boundaries_in_stage[seed]),
-        steps_in_stage=int(life.layout.steps_in_stage[seed]),
+        boundaries_in_stage=life.layout.boundaries_of(seed),
+        steps_in_stage=life.layout.steps_of(seed),
         ready=not blocked and stage in seeds.LIVING | {Stage.EMBARGOED, Stage.ROLLED_BACK},
         blocked_by=blocked,
         alpha=alpha,
@@ -237,4 +237,4 @@ def locks(growth: Growth) -> dict[int, int]:
     """Boundaries left for each locked seed."""
     layout = growth.life.layout
     at = layout.at(Stage.ROLLED_BACK)
-    return {int(seed): max(0, int(layout.closed_boundaries[seed] - layout.boundaries_in_stage[seed])) for seed in at}
+    return {int(seed): max(0, int(layout.closed_boundaries[seed]) - layout.boundaries_of(int(seed))) for seed in at}

@@ -11,7 +11,8 @@ otherwise:
 - gradient norm: the newborn's gradient, per parameter root mean square, is at most `BAND` times that of the host.
 
 Alpha is a device scalar and conditions are tensors, so a ramp costs no synchronisation and a compiled graph no
-recompilation. The host branch is never faded: the blend is ``y + alpha * delta`` throughout. While alpha is below 1
+recompilation. A ramp without a condition is driven by the host, which only says what alpha is; the others are driven
+on the device. The host branch is never faded: the blend is ``y + alpha * delta`` throughout. While alpha is below 1
 the newborn's parameter gradients are divided by it (`newborn.NewbornGroups.compensate`), so a small alpha does not
 mean a small step.
 """
@@ -21,13 +22,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from esper.kasmina.control import BlendStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["BAND", "Blend", "Signals", "resolve"]
 
@@ -61,17 +63,29 @@ class Blend:
     Args:
         strategy: which condition lets alpha advance.
         steps: length of the shortest ramp, in optimizer steps.
-        alpha: the seed's device scalar, written in place.
+        alpha: the seed's device scalar.
+        write: takes what the host decides of alpha; None fills `alpha` itself.
         drift_limit: largest change of the ratio per step with which `BlendStrategy.DRIFT` advances.
     """
 
-    def __init__(self, strategy: BlendStrategy, steps: int, alpha: Tensor, *, drift_limit: float = 0.1) -> None:
+    def __init__(
+        self,
+        strategy: BlendStrategy,
+        steps: int,
+        alpha: Tensor,
+        *,
+        write: Callable[[float], object] | None = None,
+        drift_limit: float = 0.1,
+    ) -> None:
         self.strategy = strategy
         self.steps = max(1, steps)
         self.alpha = alpha
         self.drift_limit = drift_limit
         self.settled = False
         """True once the ramp was seen complete, at a boundary; unlike `complete` it does not read the device."""
+        self._write = write or alpha.fill_
+        self._ramp = np.float32(0.0)
+        """Alpha of a ramp without a condition; in the arithmetic of the device."""
         self._mean = torch.full_like(alpha, float("nan"), dtype=torch.float32)
         self._variance = torch.zeros_like(self._mean)
 
@@ -88,11 +102,19 @@ class Blend:
     def start(self) -> None:
         """Set alpha for the first grafted step: never 0, which would give the newborn no gradient."""
         self.settled = self.strategy is BlendStrategy.IMMEDIATE
-        self.alpha.fill_(1.0 if self.settled else 1.0 / self.steps)
+        self._say(1.0 if self.settled else 1.0 / self.steps)
+
+    def _say(self, alpha: float) -> None:
+        self._ramp = min(np.float32(alpha), np.float32(1.0))
+        self._write(float(self._ramp))
 
     def step(self, signals: Signals) -> None:
         """Advance alpha after an optimizer step where the strategy's condition holds."""
         if self.strategy is BlendStrategy.IMMEDIATE:
+            return
+        if self.strategy is BlendStrategy.FIXED_RAMP:
+            if self._ramp < 1.0:
+                self._say(float(self._ramp + np.float32(1.0 / self.steps)))
             return
         allowed = self._allowed(signals)
         if allowed is None:
@@ -101,8 +123,6 @@ class Blend:
             self.alpha.add_(allowed.to(self.alpha.dtype) / self.steps).clamp_(max=1.0)
 
     def _allowed(self, signals: Signals) -> Tensor | None:
-        if self.strategy is BlendStrategy.FIXED_RAMP:
-            return torch.ones_like(self.alpha)
         if self.strategy is BlendStrategy.PERFORMANCE:
             return None if signals.loss is None else self._within_band(self._scalar(signals.loss))
         if self.strategy is BlendStrategy.DRIFT:
@@ -144,7 +164,8 @@ class Blend:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken; alpha has its value already."""
         self.strategy, self.steps = BlendStrategy(state["strategy"]), state["steps"]
         self.settled = state["settled"]
+        self._ramp = np.float32(float(self.alpha))
         self._mean, self._variance = state["mean"].to(self.alpha.device), state["variance"].to(self.alpha.device)
