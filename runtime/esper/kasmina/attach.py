@@ -98,6 +98,8 @@ class Capture:
     """Canonical output of the site."""
     gradient: Tensor | None = None
     """Of the loss at `y`; None until the backward came by."""
+    overflowed: Tensor | None = None
+    """Above 0 where a gradient scaler skipped this step; None where that is known not to be so."""
 
 
 class SeedModule(nn.Module):
@@ -138,6 +140,8 @@ class SeedModule(nn.Module):
         self._x: tuple[Tensor | None] = (None,)
         self._used = False
         """True where the last module of the span has seen `_x`."""
+        self._cut = False
+        """True where the graph of `_x` can not be reached from where the last module of the span runs."""
         self._watched: Capture | None = None
         """What a compiled graph has shown of the forward, until its backward comes by."""
         self._tap = register_tap(self)
@@ -167,7 +171,7 @@ class SeedModule(nn.Module):
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-forward hook at the first module of a span: remember x."""
-        self._x, self._used = (first_tensor(args, kwargs),), False
+        self._x, self._used, self._cut = (first_tensor(args, kwargs),), False, False
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
@@ -209,16 +213,21 @@ class SeedModule(nn.Module):
         """What `before` saw in this forward; None where the first module of the span was not called in it.
 
         Inside a backward it may be asked for once more: there, activation checkpointing runs the last module of the
-        span again, without the first one.
+        span again, without the first one. Where it is reentrant, that is a graph of its own whose backward must not
+        run into the one outside.
         """
         if torch.compiler.is_compiling():
             # Left there, it would be one more result of the graph. Checkpointing is traced as a whole.
             x, self._x = self._x[0], (None,)
             return x
-        if self._used and not _in_backward():
+        x = self._x[0]
+        if not self._used:
+            self._used = True
+            self._cut = x is not None and x.requires_grad and not torch.is_grad_enabled()
+            return x
+        if not _in_backward():
             return None
-        self._used = True
-        return self._x[0]
+        return x.detach() if self._cut and x is not None else x
 
     def forget(self) -> None:
         """Let go of the last forward's activation."""
