@@ -29,6 +29,7 @@ class Run:
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         plane: Any = None,
         rate: float = 0.1,
+        wrapped: bool = True,
         **options: Any,
     ) -> None:
         self.model = make()
@@ -37,7 +38,10 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.999**step)
         self.plane = LocalPlane() if plane is None else plane
         defaults = {"min_graft_steps": 5, "sample_every": 5, "watch_steps": 40, "run_id": "t"}
-        self.growth: Growth = wrap(self.model, self.optimizer, mesh=self.plane, **(defaults | options))
+        self.wrapped = wrapped
+        """False trains the same host without growth, as a comparison."""
+        if wrapped:
+            self.growth: Growth = wrap(self.model, self.optimizer, mesh=self.plane, **(defaults | options))
         self.train, self.held_out = blobs(128), blobs(64, seed=2)
         self.validations = 0
         self.clears_first = False
@@ -63,14 +67,30 @@ class Run:
         x, y = self.train
         for i in range(count):
             batch = slice(8 * (i % 16), 8 * (i % 16) + 8)
-            self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(x[batch]), y[batch])
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
+            loss = self.update(x[batch], y[batch])
+            self.schedule(loss)
             if self.clears_first:
                 self.optimizer.zero_grad()
-            self.growth.step(self.shape(loss))
+            if self.wrapped:
+                self.growth.step(self.shape(loss))
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """One optimizer step; returns its loss."""
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def schedule(self, _loss: torch.Tensor) -> None:
+        """Step the scheduler."""
+        self.scheduler.step()
+
+    def tell(self, loss: float) -> None:
+        """An optimizer step that changes nothing, with a loss of the test's choice."""
+        self.optimizer.zero_grad()
+        self.optimizer.step()
+        self.growth.step(loss)
 
     def boundary(self, *decisions: Decision, metrics: Any = None) -> BoundaryReport:
         """A validation with these decisions; with none, the plane is asked."""

@@ -254,7 +254,7 @@ def test_rollback_restores_every_bit() -> None:
     at_graft = copy.deepcopy({k: v for k, v in run.model.state_dict().items() if "esper" not in k})
     moments = copy.deepcopy(run.optimizer.state_dict()["state"])
     run.steps(3)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert S.ROLLED_BACK is run.growth.life.stage(run.site())
     assert all(torch.equal(v, at_graft[k]) for k, v in run.model.state_dict().items())
     now = run.optimizer.state_dict()["state"]
@@ -268,7 +268,7 @@ def test_spike_without_a_snapshot() -> None:
     """A host too large for a snapshot loses the newborn and keeps what it learnt: CULLED, not ROLLED_BACK."""
     run = Run(snapshot_max_bytes=0)
     run.germinate(to=S.GRAFTING)
-    run.growth.step(float("inf"))
+    run.tell(float("inf"))
     assert S.EMBARGOED is run.growth.life.stage(run.site())
     assert Outcome.CULLED is run.plane.reports[-1].outcome
     assert "esper" not in "".join(run.model.state_dict())
@@ -281,7 +281,7 @@ def test_watch_ends() -> None:
     assert run.growth.life.watch.snapshot is not None
     run.steps(12)
     assert run.growth.life.watch.snapshot is None
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert S.GRAFTING is run.growth.life.stage(run.site())
 
 

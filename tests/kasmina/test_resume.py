@@ -152,7 +152,7 @@ def test_rollback_after_resume() -> None:
     at_graft = {k: v.clone() for k, v in run.model.state_dict().items() if "esper" not in k}
     run.steps(4)
     resumed = _resume(_save(run), kernels=run.plane.kernels, spike_patience=1)
-    resumed.growth.step(float("nan"))
+    resumed.tell(float("nan"))
     assert S.ROLLED_BACK is resumed.growth.life.stage(resumed.site())
     assert all(torch.equal(v, at_graft[k]) for k, v in resumed.model.state_dict().items())
 
@@ -163,7 +163,7 @@ def test_locks_outlive_the_checkpoint() -> None:
     run.steps(32)
     data = _save(run)
     run.germinate(to=S.GRAFTING)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     locks = run.growth.locks()
     assert {run.site(): 10} == locks
     run.growth.load_state_dict(torch.load(io.BytesIO(data), weights_only=True)["growth"])

@@ -131,5 +131,5 @@ def test_loss_reader() -> None:
     assert reader.mean() is None
     for loss in (1.0, torch.tensor(2.0, requires_grad=True), torch.tensor([2.0, 4.0])):
         reader.push(scalar(loss))
-    assert [1.0, 2.0, 3.0] == list(reader.read())
+    assert [1.0, 2.0, 3.0] == [loss.value for loss in reader.read()]
     assert (2.0, None) == (reader.mean(), reader.mean())

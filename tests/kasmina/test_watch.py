@@ -55,7 +55,7 @@ def test_a_rollback_spares_what_was_kept_since() -> None:
     kept = _without(run, second)
     assert any("esper_seed" in name and moments for name, moments in kept["moments"].items())
     run.steps(4)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert (S.FOSSILIZED, S.ROLLED_BACK) == (run.growth.life.stage(first), run.growth.life.stage(second))
     _assert_same(kept, _without(run, second))
 
@@ -71,7 +71,7 @@ def test_blame_ends_with_the_window() -> None:
     assert (first, second) == run.growth.life.watch.seeds
     run.steps(8)
     assert (second,) == run.growth.life.watch.seeds
-    run.growth.step(float("inf"))
+    run.tell(float("inf"))
     assert (S.GRAFTING, S.ROLLED_BACK) == (run.growth.life.stage(first), run.growth.life.stage(second))
     _assert_same(at_graft, _without(run, second))
 
@@ -86,7 +86,7 @@ def test_open_windows_share_the_blame() -> None:
     run.steps(4)
     second = _second(run)
     run.steps(4)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert {S.ROLLED_BACK} == {run.growth.life.stage(seed) for seed in (run.site(), second)}
     _assert_same(host, _without(run, second))
 
@@ -119,7 +119,7 @@ def test_an_older_window_knows_who_settled_meanwhile() -> None:
     assert (first,) == run.growth.life.watch.seeds
     settled = _without(run, first)
     run.steps(4)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert (S.ROLLED_BACK, S.GRAFTING) == (run.growth.life.stage(first), run.growth.life.stage(second))
     _assert_same(settled, _without(run, first))
 
@@ -144,11 +144,11 @@ def test_a_high_loss_keeps_the_gate_and_the_window() -> None:
         run.steps()
     run.germinate(to=S.GRAFTING)
     run.steps(9)
-    run.growth.step(1e3)
-    run.growth.step(1e3)
+    run.tell(1e3)
+    run.tell(1e3)
     found = run.boundary(run.decide(Action.ADVANCE, to_stage=S.FINE_TUNING)).applied[0]
     assert (S.GRAFTING, ["SPIKE"]) == (found.stage, [r.code for r in found.refused])
-    run.growth.step(1e3)
+    run.tell(1e3)
     assert S.ROLLED_BACK is run.growth.life.stage(run.site())
 
 
@@ -178,7 +178,7 @@ def test_late_losses_are_judged_before_the_validation() -> None:
     run.germinate(to=S.GRAFTING)
     run.growth.losses = _Late()
     run.steps(8)
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     assert S.GRAFTING is run.growth.life.stage(run.site())
     report = run.boundary(metrics=run.validate)
     assert S.ROLLED_BACK is run.growth.life.stage(run.site())
@@ -191,7 +191,7 @@ def test_late_losses_are_judged_before_a_checkpoint() -> None:
     run = Run(spike_patience=1)
     run.germinate(to=S.GRAFTING)
     run.growth.losses = _Late()
-    run.growth.step(float("nan"))
+    run.tell(float("nan"))
     state = run.growth.state_dict()
     assert S.ROLLED_BACK is run.growth.life.stage(run.site())
     assert [int(S.ROLLED_BACK)] == [stage for stage in state["layout"]["stage"] if stage != S.DORMANT]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esper.kasmina._steps import gradient_scale
 from esper.kasmina.newborn import host_groups
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class HostGradient:
     def _look(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]
         if gradients:
-            self._found = Gradient(torch.nn.utils.get_total_norm(gradients), sum(g.numel() for g in gradients))
+            norm, scale = torch.nn.utils.get_total_norm(gradients), gradient_scale(self._optimizer)
+            self._found = Gradient(norm if scale is None else norm / scale, sum(g.numel() for g in gradients))
 
     def take(self) -> Gradient | None:
         """What the last step showed; None where it was not wanted or there was none. The hook goes."""

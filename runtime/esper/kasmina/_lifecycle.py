@@ -15,6 +15,7 @@ from torch import nn
 from esper.kasmina import _facts, seeds
 from esper.kasmina._compile import forget_graphs
 from esper.kasmina._gradient import HostGradient
+from esper.kasmina._structure import ChangeKind, Structure
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
 from esper.kasmina.blending import Blend, resolve
@@ -71,6 +72,7 @@ class Lifecycle:
         self.mirror = DeviceMirror(self.layout)
         self.runs: dict[int, SeedRun] = {}
         """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
+        self.structure = Structure(model)
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
         self.watch = GraftWatch(model, optimizer, config)
         self.gradient = HostGradient(optimizer)
@@ -189,6 +191,9 @@ class Lifecycle:
         if run.attachment is not None:
             run.attachment.seed.mode = seeds.execution(to)
         self.mirror.push()
+        if run.attachment is not None:
+            # After the push, since copies take over the alpha.
+            self.structure.tell(ChangeKind.MOVED, run, to, self.structure.parameters(run.index))
         if to is Stage.FOSSILIZED:
             self._on_end(run, Outcome.FOSSILIZED, "")
 
@@ -228,6 +233,7 @@ class Lifecycle:
         """Put the seed into the host, and its alpha into the mirror."""
         run.attachment = Attachment.attach(self.model, run.site, seed)
         self.mirror.bind(seed)
+        self.structure.tell(ChangeKind.ATTACHED, run, self.stage(run.index), self.structure.parameters(run.index))
 
     def trainer(self, seed: SeedModule) -> IsolationTrainer:
         """The private training of a seed."""
@@ -347,8 +353,10 @@ class Lifecycle:
         """Undo all that a seed is to host and optimizer, whatever its stage; fossilized ones too."""
         self.groups.remove(run.index)
         if run.attachment is not None:
+            gone = self.structure.parameters(run.index)
             run.attachment.detach()
             self.mirror.release(run.index)
+            self.structure.tell(ChangeKind.DETACHED, run, self.stage(run.index), gone)
         run.attachment = run.isolation = run.blend = run.kernel = None
         self.watch.forget(run.index)
 
@@ -365,12 +373,19 @@ class Lifecycle:
             if run.blend is not None:
                 run.blend.settled = run.blend.complete
 
-    def step(self, loss: Tensor | float | None, gradient: Gradient | None) -> None:
+    def forget_captures(self) -> None:
+        """Drop what isolated seeds saw: with these gradients no optimizer step was done."""
+        for run in self.runs.values():
+            if run.attachment is not None:
+                run.attachment.seed.capture = None
+
+    def step(self, loss: Tensor | float | None, gradient: Gradient | None, overflowed: Tensor | None = None) -> None:
         """After an optimizer step: advance ramps, train in isolation, count the windows after grafts.
 
         Args:
             loss: of this step, one number.
             gradient: of the host at this step, where it was wanted.
+            overflowed: above 0 where a gradient scaler skipped this step on its device after all.
         """
         if self.watch.seeds:
             self.watch.step({r.index for r in self.runs.values() if r.blend is not None and not r.blend.settled})
@@ -380,6 +395,7 @@ class Lifecycle:
             seed = run.attachment.seed
             if run.isolation is not None and seed.capture is not None:
                 capture, seed.capture = seed.capture, None
+                capture.overflowed = overflowed
                 run.isolation.step(capture)
             elif run.blend is not None:
                 run.blend.step(_facts.signals(run, self.groups, loss, gradient))

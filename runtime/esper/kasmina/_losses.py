@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +13,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LossReader", "scalar"]
+__all__ = ["Loss", "LossReader", "scalar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The training loss of one call of a loop."""
+
+    value: float
+    skipped: bool
+    """True where no optimizer step was done with its gradients."""
 
 
 def scalar(loss: Tensor | float) -> Tensor | float:
@@ -27,24 +38,32 @@ class LossReader:
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self._ready: deque[float] = deque()
+        self._ready: deque[Loss] = deque()
         self.total = 0.0
         """Sum of what was read since `mean` was last taken."""
         self.count = 0
 
-    def push(self, loss: Tensor | float) -> None:
-        """Take the loss of one step, as `scalar` gives it."""
-        if not isinstance(loss, Tensor):
-            self._ready.append(loss)
-        elif loss.device.type == "cuda":
-            copy = loss.detach().float().to("cpu", non_blocking=True)
+    def push(self, loss: Tensor | float, skipped: bool | Tensor = False) -> None:
+        """Take the loss of one step, as `scalar` gives it.
+
+        Args:
+            loss: one number.
+            skipped: whether no step was done with it; a number on the device of the loss, above 0 for yes, where
+                only that knows.
+        """
+        if isinstance(loss, Tensor) and loss.device.type == "cuda":
+            value = loss.detach().float()
+            flag = skipped if isinstance(skipped, Tensor) else torch.full_like(value, float(skipped))
+            copy = torch.stack([value, flag.to(value).reshape(())]).to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves its events untyped
             event.record()
             self._pending.append((copy, event))
         else:
-            self._ready.append(loss.item())
+            # A plain number has been read from its device: one more answer is there too.
+            number = loss.item() if isinstance(loss, Tensor) else loss
+            self._ready.append(Loss(number, bool(skipped)))
 
-    def read(self, *, wait: bool = False) -> Iterator[float]:
+    def read(self, *, wait: bool = False) -> Iterator[Loss]:
         """The losses whose copies have arrived, in order.
 
         Args:
@@ -53,11 +72,13 @@ class LossReader:
         while self._pending and (wait or self._pending[0][1].query()):  # type: ignore[no-untyped-call]  # likewise
             copy, event = self._pending.popleft()
             event.synchronize()
-            self._ready.append(float(copy))
+            self._ready.append(Loss(float(copy[0]), bool(copy[1])))
         while self._ready:
             loss = self._ready.popleft()
-            self.total += loss
-            self.count += 1
+            # A loss that overflowed in a step that was skipped for it is no mean's business.
+            if math.isfinite(loss.value) or not loss.skipped:
+                self.total += loss.value
+                self.count += 1
             yield loss
 
     def mean(self) -> float | None:

@@ -37,6 +37,8 @@ from esper.kasmina._losses import LossReader, scalar
 from esper.kasmina._measure import Measurer, Validation, read_validation
 from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
+from esper.kasmina._steps import StepWatch
+from esper.kasmina._structure import Change, ChangeKind
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
 from esper.kasmina.sites import Selection
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from esper.kasmina.control import RunHello, SiteDescriptor
     from esper.kasmina.sites import Refusal, Selectors, Site
 
-__all__ = ["Applied", "BoundaryReport", "Config", "Growth", "wrap"]
+__all__ = ["Applied", "BoundaryReport", "Change", "ChangeKind", "Config", "Growth", "wrap"]
 
 _log = get_logger("esper.kasmina.growth")
 
@@ -111,6 +113,7 @@ class Growth:
         self.life = Lifecycle(model, optimizer, self.config, on_transition=self._transitioned, on_end=self._ended)
         self.measurer = Measurer(model, self.config.confidence, validate)
         self.losses = LossReader()
+        self._stepped = StepWatch(optimizer)
         self.observation = Observation(self.life, self.config, select, lambda: self.plane.open(_report.hello(self)))
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
@@ -136,37 +139,51 @@ class Growth:
     def step(self, loss: Tensor | float | None = None) -> None:
         """After each optimizer step.
 
+        A call after which none was done, since a gradient scaler skipped it or gradients are still being accumulated,
+        counts as no step.
+
         Args:
             loss: training loss of this step, any shape, as the loop has it; it is detached and not waited for.
         """
-        self.steps += 1
+        done = self._stepped.take()
+        self.steps += done
         if self.observation.pending:
             self._guard("discovery", self.observation.settle)
         try:
-            self._after_step(loss)
+            self._after_step(loss, done)
         except Exception:  # noqa: BLE001  # as in _guard; written out because it runs on every step
             self.counters["failed_step"] += 1
             _log.exception("growth failed", where="step")
 
-    def _after_step(self, loss: Tensor | float | None) -> None:
-        self.life.layout.tick()
-        gradient = self.life.gradient.take()
+    def _after_step(self, loss: Tensor | float | None, done: bool) -> None:
         if loss is not None:
             loss = scalar(loss)
-            self.losses.push(loss)
-        for value in self.losses.read():
-            why = self.life.watch.detector.update(value)
-            if why:
-                self._roll_back(why)
-                return
+            self.losses.push(loss, not done if self._stepped.doubt is None else self._stepped.doubt)
+        if self._judge_losses():
+            return
         if self.life.runs:
             self._take_out_failed()
-            self.life.step(loss, gradient)
+        if not done:
+            self.life.forget_captures()
+            return
+        self.life.layout.tick()
+        gradient = self.life.gradient.take()
+        if self.life.runs:
+            self.life.step(loss, gradient, self._stepped.doubt)
         if self.observation.collect(gradient):
             job = _report.health_job(self)
             if job is not None:
                 self.observation.worker.submit(job)
         self.observation.arm(self.steps)
+
+    def _judge_losses(self, *, wait: bool = False) -> bool:
+        """Look at the losses that have arrived; True where one made a spike, and grafts were rolled back."""
+        for loss in self.losses.read(wait=wait):
+            why = self.life.watch.detector.update(loss.value, skipped=loss.skipped)
+            if why:
+                self._roll_back(why)
+                return True
+        return False
 
     def _roll_back(self, why: str) -> None:
         blamed, restored = self.life.roll_back(why)
@@ -218,7 +235,9 @@ class Growth:
             given = decisions if decisions is not None else advice.decisions if advice else ()
             applied.extend(self._apply(decision) for decision in given)
             self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
-        elif self.steps:
+        elif not self._stepped.seen:
+            self._say_once("no optimizer step was seen yet: give wrap() the optimizer whose step() the loop calls")
+        else:
             self._say_once(
                 "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs, or "
                 "boundary() a callable where the model is compiled"
@@ -244,10 +263,8 @@ class Growth:
 
     def finish_losses(self) -> None:
         """Wait for the training losses that are still on their way, and judge them."""
-        for value in self.losses.read(wait=True):
-            why = self.life.watch.detector.update(value)
-            if why:
-                self._roll_back(why)
+        while self._judge_losses(wait=True):
+            pass
 
     def _measure(self) -> None:
         judged = [
@@ -343,6 +360,14 @@ class Growth:
         """Boundaries for which each rolled-back seed stays locked; keep it outside the checkpoint."""
         return _report.locks(self)
 
+    def on_change(self, listener: Callable[[Change], None]) -> Callable[[], None]:
+        """Call `listener` whenever a seed's parameters came, went or entered another stage; the answer ends that."""
+        return self.life.structure.listen(lambda change, _run: listener(change))
+
+    def follow(self, copy: nn.Module) -> Callable[[], None]:
+        """Have a deep copy of the model (an average, a teacher) get and lose the same seeds; the answer ends that."""
+        return self.life.structure.follow(copy, self.life.runs.values())
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -378,6 +403,7 @@ class Growth:
         if self._closed:
             return
         self._closed = True
+        self._stepped.close()
         self.observation.reset()
         self.observation.worker.close(timeout_s)
         self.plane.close(timeout_s)

@@ -10,6 +10,7 @@ eigenvalues of the feature covariance.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -177,8 +178,9 @@ class HealthSampler:
     def _compute(self, taken: dict[str, tuple[Tensor, list[Tensor], int]]) -> None:
         for name, (sample, gradients, size) in taken.items():
             values = _rows(sample, self._by_target[name][0].y).numpy()
-            norm = float(gradients[-1]) / size**0.5 if gradients else None
-            self._found[name] = (effective_rank(values), dead_fraction(values), norm)
+            norm = float(gradients[-1]) / size**0.5 if gradients else math.nan
+            # A gradient that overflowed under a gradient scaler says nothing.
+            self._found[name] = (effective_rank(values), dead_fraction(values), norm if math.isfinite(norm) else None)
 
     def take(self) -> tuple[SiteHealth, ...]:
         """What was measured since the last call, by site index."""

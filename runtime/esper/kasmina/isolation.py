@@ -58,7 +58,10 @@ class IsolationTrainer:
         self._loss: Tensor | None = None
 
     def step(self, capture: Capture) -> None:
-        """Learn from one captured batch, or hold it out."""
+        """Learn from one captured batch, or hold it out.
+
+        One that overflowed under a gradient scaler, which only its device knows, changes nothing and is not counted.
+        """
         assert capture.gradient is not None
         self.steps += 1
         if self.steps % _HOLD_OUT_EVERY == 1:
@@ -66,9 +69,11 @@ class IsolationTrainer:
             return
         with torch.enable_grad():
             loss = direction_loss(self.delta(capture.features), capture.y, capture.gradient, self.trust)
-            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+            if gradient is not None and capture.overflowed is not None:
+                parameter.grad = torch.where(capture.overflowed > 0, 0.0, gradient)
         self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._loss = loss.detach()
         self._optimizer.step()
@@ -83,8 +88,10 @@ class IsolationTrainer:
             losses = [
                 float(direction_loss(self.delta(c.features), c.y, c.gradient, self.trust))
                 for c in self._held_out
-                if c.gradient is not None
+                if c.gradient is not None and not (c.overflowed is not None and bool(c.overflowed))
             ]
+        if not losses:
+            return None, 0, self.gradient_norm
         gain = 1.0 - sum(losses) / len(losses)
         self.finite = math.isfinite(gain) and all(bool(torch.isfinite(p).all()) for p in self._parameters)
         return gain, len(losses), self.gradient_norm
@@ -97,7 +104,9 @@ class IsolationTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed trainer needs; the parameters are in the model's own state."""
         batches = [
-            {"features": c.features, "y": c.y, "gradient": c.gradient} for c in self._held_out if c.gradient is not None
+            {"features": c.features, "y": c.y, "gradient": c.gradient, "overflowed": c.overflowed}
+            for c in self._held_out
+            if c.gradient is not None
         ]
         return {"steps": self.steps, "optimizer": self._optimizer.state_dict(), "held_out": batches, "norm": self._norm}
 

@@ -4,6 +4,10 @@ One ``add_param_group`` per seed, so momentum of the host is kept and newborns s
 optimizer step, every option of a newborn's group follows the host group of its site, the learning rate multiplied by
 its scale, so any schedule is followed. After FOSSILIZED scale and weight decay go smoothly to the host's values.
 
+What is done to a newborn's gradient is done where it is whole: before the step, or where the step is given a closure
+that computes it, after each evaluation of that. With a gradient scaler it is judged as if it were not scaled, also
+where a fused optimizer does the unscaling itself.
+
 Schedulers of torch 2.13 zip their own lists with ``optimizer.param_groups`` strictly and would raise as soon as a
 group is added or removed. They are therefore given a view of the optimizer that shows the host's groups alone;
 `hide_from_schedulers`. While there is no newborn there is no hook on the optimizer, and no scheduler is touched.
@@ -17,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from esper.kasmina._steps import gradient_scale
 from esper.mesh.errors import Conflict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
-    from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["MARK", "NewbornGroups", "hide_from_schedulers", "host_groups"]
@@ -34,6 +39,11 @@ MARK = "esper_seed"
 """Key of a newborn's group that holds its seed's index; saved with the optimizer's state."""
 _OWN = frozenset({"params", "param_names", "lr", "weight_decay", "initial_lr", MARK})
 _ALPHA_FLOOR = 0.05
+_UNFIT: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "takes one parameter group only",
+    torch.optim.SparseAdam: "takes sparse gradients only, and those of newborns are dense",
+    torch.optim.Muon: "takes matrices only, and newborns have vectors too",
+}
 
 
 def host_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -44,12 +54,25 @@ def host_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 class _HostView:
     """An optimizer whose ``param_groups`` are the host's alone; everything else is the optimizer itself."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         object.__setattr__(self, "_esper_optimizer", optimizer)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return host_groups(object.__getattribute__(self, "_esper_optimizer"))
+
+    @property  # type: ignore[misc]  # other schedulers that are made of this one's optimizer ask for its type
+    def __class__(self) -> type:
+        return type(object.__getattribute__(self, "_esper_optimizer"))
+
+    def __eq__(self, other: object) -> bool:
+        mine = object.__getattribute__(self, "_esper_optimizer")
+        return mine is other or (
+            type(other) is _HostView and mine is object.__getattribute__(other, "_esper_optimizer")
+        )
+
+    def __hash__(self) -> int:
+        return hash(object.__getattribute__(self, "_esper_optimizer"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_esper_optimizer"), name)
@@ -61,27 +84,30 @@ class _HostView:
         return _HostView, (object.__getattribute__(self, "_esper_optimizer"),)
 
 
-def hide_from_schedulers(optimizer: Optimizer) -> int:
+def hide_from_schedulers(optimizer: Any) -> int:
     """Give every living scheduler of `optimizer` a view of the host's groups; returns how many were found.
 
-    Schedulers hold the optimizer, not the other way round, so the collector is asked who refers to it: milliseconds,
-    when a seed is grafted or taken out, never on a step.
+    Schedulers hold the optimizer, or something around it that shows the same groups (as accelerate's does), not the
+    other way round, so the collector is asked who refers to it: milliseconds, when a seed is grafted or taken out,
+    never on a step.
     """
     count = 0
     groups = len(host_groups(optimizer))
     holders = gc.get_referrers(optimizer)
     # An object refers to its attributes by a dictionary, or without one until somebody asks for it.
     holders += gc.get_referrers(*(holder for holder in holders if type(holder) is dict))
-    for scheduler in holders:
-        if not issubclass(type(scheduler), LRScheduler):
+    for holder in holders:
+        kind = type(holder)
+        if issubclass(kind, Optimizer) and vars(holder).get("optimizer") is optimizer:
+            count += hide_from_schedulers(holder)
+        if not issubclass(kind, LRScheduler) or vars(holder).get("optimizer") is not optimizer:
             continue
-        if getattr(scheduler, "optimizer", None) is optimizer:
-            scheduler.optimizer = _HostView(optimizer)
-            # A scheduler that was made while newborns lived has entries for them, after those of the host.
-            for name, value in vars(scheduler).items():
-                if isinstance(value, list) and len(value) == len(optimizer.param_groups) > groups:
-                    setattr(scheduler, name, value[:groups])
-            count += 1
+        holder.optimizer = _HostView(optimizer)
+        # A scheduler that was made while newborns lived has entries for them, after those of the host.
+        for name, value in vars(holder).items():
+            if isinstance(value, list) and len(value) == len(optimizer.param_groups) > groups:
+                setattr(holder, name, value[:groups])
+        count += 1
     return count
 
 
@@ -115,14 +141,17 @@ class NewbornGroups:
         self.merge_steps = merge_steps
         self._entries: dict[int, _Entry] = {}
         self._hook: RemovableHandle | None = None
+        self._look_again = False
+        """The run was resumed and no step was done since: schedulers may have been made after the groups came back."""
 
     def __contains__(self, seed: int) -> bool:
         return seed in self._entries
 
     def unfit(self) -> str:
         """Why this optimizer can not take newborns; empty where it can."""
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            return "the optimizer LBFGS takes one parameter group only"
+        for kind, why in _UNFIT.items():
+            if isinstance(self.optimizer, kind):
+                return f"the optimizer {kind.__name__} {why}"
         return ""
 
     def add(
@@ -203,22 +232,48 @@ class NewbornGroups:
         # Looked up by its mark every time: Optimizer.load_state_dict makes new dictionaries.
         return next(group for group in self.optimizer.param_groups if group.get(MARK) == seed)
 
-    def _before_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before_step(
+        self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._look_again:
+            self._look_again = False
+            hide_from_schedulers(self.optimizer)
         hosts = host_groups(self.optimizer)
         for entry in self._entries.values():
-            group = self._group(entry.seed)
             if entry.merging >= 0:
                 entry.merging = min(entry.merging + 1, self.merge_steps)
-            self._follow(entry, group, hosts[entry.host])
+            self._follow(entry, self._group(entry.seed), hosts[entry.host])
+        # torch hands the optimizer itself on as the first argument.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+
+        def prepared() -> Any:
+            loss = closure()
+            self._prepare()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], prepared, *args[2:]), kwargs
+        return args, {**kwargs, "closure": prepared}
+
+    def _prepare(self) -> None:
+        """Compensate, measure and clip the gradients, which are there now."""
+        scale = gradient_scale(self.optimizer)
+        for entry in self._entries.values():
+            parameters = self._group(entry.seed)["params"]
             if entry.frozen:
-                for parameter in group["params"]:
+                for parameter in parameters:
                     parameter.grad = None
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
             if not gradients or entry.merging >= self.merge_steps:
                 continue
             if entry.alpha is not None:
                 torch._foreach_div_(gradients, entry.alpha.clamp_min(_ALPHA_FLOOR))  # no public name
-            entry.norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            entry.norm = norm if scale is None else norm / scale
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, entry.norm)
 
     def _follow(self, entry: _Entry, group: dict[str, Any], host: dict[str, Any]) -> None:
         known = self.optimizer.defaults
@@ -245,6 +300,7 @@ class NewbornGroups:
     def restore(self, document: Mapping[str, Any], norm: Tensor | None) -> None:
         """Give the group of one seed the progress that `document` recorded; the group was added before."""
         entry = self._entries[document["seed"]]
+        self._look_again = True
         entry.norm = norm
         entry.host, entry.merging = document["host"], document["merging"]
         if document["frozen"]:

@@ -4,7 +4,8 @@ The danger of a graft is the next hundred steps, not the insertion. `SpikeDetect
 with the modified z-score of Iglewicz and Hoaglin (*How to Detect and Handle Outliers*, 1993): ``0.6745 * (loss -
 median) / MAD`` over the last losses that were no outliers themselves. Median and MAD do not move with the outlier
 that they judge. A loss that is not finite counts at once; a high one when it stays high for some steps, since a
-single bad batch is no instability.
+single bad batch is no instability. Where a gradient scaler has skipped the step because of it, a loss that is not
+finite has done no harm, and counts as a high one.
 
 `HostSnapshot` holds one copy of the host's parameters and buffers and of the optimizer's state: the memory of the host
 times two to four (Adam), only while a watch lasts, and not at all above a limit: then a spike takes the newborn out but
@@ -73,8 +74,13 @@ class SpikeDetector:
         deviation = max(float(np.median(np.abs(values - median))), 1e-3 * abs(median), 1e-12)
         return 0.6745 * (loss - median) / deviation
 
-    def update(self, loss: float) -> str:
-        """Take one loss; returns why it makes a spike, or an empty text."""
+    def update(self, loss: float, *, skipped: bool = False) -> str:
+        """Take one loss; returns why it makes a spike, or an empty text.
+
+        Args:
+            loss: of the training.
+            skipped: True where no optimizer step was done with it.
+        """
         self.seen += 1
         if not self.armed:
             if math.isfinite(loss):
@@ -86,7 +92,7 @@ class SpikeDetector:
             self.high = 0
             return ""
         self.high += 1
-        if math.isfinite(loss) and self.high < self.patience:
+        if (skipped or math.isfinite(loss)) and self.high < self.patience:
             return ""
         count, self.high = self.high, 0
         if not math.isfinite(loss):
