@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
+from esper.kasmina.breaker import Scope
 from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice, Stage
 from esper.kasmina.layout import SeedLayout
-from esper.kasmina.seeds import execution
+from esper.kasmina.seeds import LIVING, execution
 from esper.kasmina.sites import Site, site_document, site_from_document
 from esper.mesh.errors import EsperError, InvalidInput, NotFound
 
@@ -50,6 +51,7 @@ def save(growth: Growth) -> dict[str, Any]:
         "health": None if growth.observation.sampler is None else growth.observation.sampler.document(),
         "gradient_norm": growth.observation.gradient_norm,
         "records": growth.lineage(),
+        "breakers": life.breakers.document(),
     }
 
 
@@ -68,6 +70,7 @@ def _save_seed(growth: Growth, run: SeedRun) -> dict[str, Any]:
         "held_out": run.held_out,
         "losses_before": run.losses_before,
         "failure": run.failure,
+        "faults": list(run.faults),
         "counterfactual": None if measured is None else asdict(measured),
         "module": None if seed is None else {name: value.detach().clone() for name, value in seed.state_dict().items()},
         "ratio": None if seed is None else seed.ratio,
@@ -77,7 +80,13 @@ def _save_seed(growth: Growth, run: SeedRun) -> dict[str, Any]:
     }
 
 
-def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mapping[int, int]) -> None:
+def load(
+    growth: Growth,
+    state: Mapping[str, Any],
+    kernels: Source,
+    locks: Mapping[int, int],
+    breakers: Mapping[str, Any],
+) -> None:
     """Bring a session to the state of `save`; what it had before is taken out of the model."""
     if state.get("format") != FORMAT:
         raise InvalidInput(f"growth state: expected format {FORMAT}, found {state.get('format')!r}")
@@ -89,6 +98,9 @@ def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mappi
     }
     found = {kernel_id: _obtain(growth, kernel_id, site, kernels) for kernel_id, site in needed.items()}
     locked = {**growth.locks(), **locks}
+    circuits = growth.life.breakers
+    # What failed after the checkpoint was taken has failed all the same.
+    circuits.replace(state.get("breakers", {}), circuits.document(), breakers)
     _clear(growth)
     growth.run_id, growth.steps, growth.boundaries = state["run_id"], state["step"], state["boundary"]
     growth.elapsed_s = state["seconds"]
@@ -112,7 +124,7 @@ def load(growth: Growth, state: Mapping[str, Any], kernels: Source, locks: Mappi
     assert growth.observation.sampler is not None
     if state["health"] is not None:
         growth.observation.sampler.restore(state["health"])
-    _lock(growth, locked)
+    _lock(growth, {**_distrusted(growth), **locked})
     for run in life.runs.values():
         if life.stage(run.index) is Stage.LOADING:
             growth.plane.request_kernel(run.choice.kernel_id, run.site.descriptor.signature)
@@ -175,12 +187,13 @@ def _load_seed(growth: Growth, entry: Mapping[str, Any], kernels: Mapping[str, K
         held_out=entry["held_out"],
         losses_before=entry["losses_before"],
         failure=entry["failure"],
+        faults=list(entry.get("faults", ())),
         counterfactual=None if measured is None else Counterfactual(**measured),
     )
     life.runs[run.index] = run
     if entry["module"] is None:
         return
-    run.kernel = kernels[run.choice.kernel_id]
+    life.take_kernel(run, kernels[run.choice.kernel_id])
     seed = life.build(run)
     seed.load_state_dict(entry["module"])
     seed.ratio = entry["ratio"]
@@ -205,6 +218,13 @@ def _load_groups(growth: Growth, state: Mapping[str, Any]) -> None:
         life.groups.restore(document, norms[run.index])
         if run.blend is not None and run.attachment is not None:
             life.groups.compensate(run.index, run.attachment.seed.alpha)
+
+
+def _distrusted(growth: Growth) -> dict[int, int]:
+    """Living seeds whose kernel failed for good after the checkpoint was taken: they would only fail again."""
+    life = growth.life
+    failed = [r for r in life.runs.values() if life.breakers.refusal(Scope.KERNEL, r.choice.kernel_id)]
+    return {run.index: growth.config.lock_boundaries for run in failed if life.stage(run.index) in LIVING}
 
 
 def _lock(growth: Growth, locked: Mapping[int, int]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from esper.kasmina import seeds
 from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun
+from esper.kasmina.breaker import Scope
 from esper.kasmina.control import Action, Decision, Stage
 from esper.kasmina.seeds import Reason
 from esper.mesh.errors import Conflict, EsperError
@@ -140,6 +141,8 @@ class Decider:
         operator = action is Action.UNLOCK and decision.reason.startswith("OPERATOR")
         if passed < closed and not operator:
             return [Reason("TOO_SOON", f"seed {seed}: expected {closed} boundaries closed, found {passed}")]
+        if operator:
+            self._life.breakers.reset(Scope.SITE, run.site.key)
         return self._life.release(seed) if action is Action.RELEASE else self._life.unlock(seed)
 
     def _germinate(self, decision: Decision) -> list[Reason]:
@@ -149,10 +152,10 @@ class Decider:
             return [Reason("OTHER", f"seed {decision.seed}: expected DORMANT for germinate, found {stage.name}")]
         if choice is None:
             return [Reason("OTHER", f"decision {decision.decision_id}: expected a kernel to germinate, found none")]
-        reasons = life.sanity(choice)
+        site = life.sites[decision.seed]
+        reasons = life.sanity(choice, site)
         if reasons:
             return reasons
-        site = life.sites[decision.seed]
         run = SeedRun(site, choice, decision.boundary, self._record(decision))
         run.record["decisions"].append(_decision_document(decision))
         life.germinate(run)
@@ -183,7 +186,7 @@ class Decider:
             run.failure = "; ".join(map(str, reasons))
             self._life.cancel(run, run.failure)
         else:
-            run.kernel = kernel
+            self._life.take_kernel(run, kernel)
 
     def _cancelled(self, run: SeedRun) -> list[Reason]:
         """Why the kernel could not be had, where that ended the seed."""

@@ -14,11 +14,13 @@ from torch import nn
 
 from esper.kasmina import _facts, seeds
 from esper.kasmina._compile import forget_graphs
+from esper.kasmina._flight import FLIGHT
 from esper.kasmina._gradient import HostGradient
 from esper.kasmina._structure import ChangeKind, Structure
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
 from esper.kasmina.blending import Blend, resolve
+from esper.kasmina.breaker import Breakers, CircuitState, Scope
 from esper.kasmina.control import Outcome, Stage
 from esper.kasmina.isolation import IsolationTrainer, birth_check
 from esper.kasmina.layout import SeedLayout
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina._gradient import Gradient
     from esper.kasmina._seed import KernelLike, SeedRun
+    from esper.kasmina.attach import Capture
     from esper.kasmina.config import Config
     from esper.kasmina.control import KernelChoice
     from esper.kasmina.sites import Site
@@ -76,6 +79,12 @@ class Lifecycle:
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
         self.watch = GraftWatch(model, optimizer, config)
         self.gradient = HostGradient(optimizer)
+        first = {
+            Scope.CODE: config.breaker_boundaries,
+            Scope.KERNEL: config.breaker_boundaries,
+            Scope.SITE: config.embargo_boundaries,
+        }
+        self.breakers = Breakers(first, config.breaker_max_boundaries)
         host = sum(p.numel() for p in model.parameters())
         self.host_parameters = host
         self.budget = host if config.parameter_budget is None else config.parameter_budget
@@ -116,9 +125,14 @@ class Lifecycle:
 
     # ---- gates -------------------------------------------------------------------------------------------------------
 
-    def sanity(self, choice: KernelChoice) -> list[Reason]:
+    def sanity(self, choice: KernelChoice, site: Site) -> list[Reason]:
         """G0 before GERMINATED: what can be known without the kernel."""
-        unfit = tuple(text for text in (self.groups.unfit(),) if text)
+        refused = (
+            self.groups.unfit(),
+            self.breakers.refusal(Scope.KERNEL, choice.kernel_id),
+            self.breakers.refusal(Scope.SITE, site.key),
+        )
+        unfit = tuple(text for text in refused if text)
         facts = seeds.SanityFacts(
             kernel_named=bool(choice.kernel_id),
             # The cache loads none but validated kernels: whether this one is shows when it is here.
@@ -135,6 +149,8 @@ class Lifecycle:
         """The part of G0 that needs the kernel itself."""
         manifest, wanted = kernel.manifest, run.site.descriptor
         unfit = []
+        if self.breakers.state(Scope.KERNEL, run.choice.kernel_id) is CircuitState.OPEN:
+            unfit.append(self.breakers.refusal(Scope.KERNEL, run.choice.kernel_id))
         if manifest.signature != wanted.signature:
             unfit.append(f"kernel: expected signature {wanted.signature}, found {manifest.signature}")
         if wanted.causal and not manifest.causal:
@@ -175,6 +191,8 @@ class Lifecycle:
     def germinate(self, run: SeedRun) -> None:
         """DORMANT to GERMINATED to LOADING; G0 was asked before."""
         self.runs[run.index] = run
+        self.breakers.begin(Scope.KERNEL, run.choice.kernel_id)
+        self.breakers.begin(Scope.SITE, run.site.key)
         self._enter(run, Stage.GERMINATED)
         self._enter(run, Stage.LOADING)
 
@@ -208,9 +226,38 @@ class Lifecycle:
         run.parameters = sum(p.numel() for p in delta.parameters())
         run.flops = float(manifest.flops_per_position * torch.Size(run.site.extent or (1,)).numel())
         run.shapes = _facts.shapes(delta)
-        return SeedModule(delta, run.site)
+        seed = SeedModule(delta, run.site)
+        seed.guard.kernel_id = run.choice.kernel_id
+        return seed
+
+    def take_kernel(self, run: SeedRun, kernel: KernelLike) -> None:
+        """Give a seed its kernel; compiled code whose circuit is open stays away, and the portable graph runs."""
+        run.kernel = kernel
+        if self.breakers.state(Scope.CODE, run.choice.kernel_id) is CircuitState.OPEN:
+            getattr(kernel, "fall_back", bool)()
+
+    def trip_site(self, run: SeedRun, why: str) -> int:
+        """A seed had to be taken out of its site; returns the boundaries for which that is closed."""
+        return self.breakers.trip(Scope.SITE, run.site.key, why)
 
     def _train(self, run: SeedRun) -> None:
+        try:
+            seed = self._born(run)
+        except Exception as error:
+            self.breakers.trip(Scope.KERNEL, run.choice.kernel_id, f"{type(error).__name__}: {error!s:.200}")
+            raise
+        if run.birth != "zero":
+            run.isolation = self.trainer(seed)
+        self.attach(run, seed)
+        # A kernel that came late is attached after those that overtook it: hooks do not run in the order of birth.
+        self.runs[run.index] = self.runs.pop(run.index)
+
+    def _born(self, run: SeedRun) -> SeedModule:
+        """The module of a seed after its first trial, on noise.
+
+        Raises:
+            Exception: it cannot be built or run here, or is not born as it says.
+        """
         seed = self.build(run)
         signature, extent = run.site.descriptor.signature, list(run.site.extent)
         shape = [_BIRTH_BATCH, *extent]
@@ -219,15 +266,14 @@ class Lifecycle:
             seed.alpha.device, getattr(torch, signature.dtype)
         )
         run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
+        fall_back = getattr(run.kernel, "fall_back", None)
+        if not run.birth_finite and fall_back is not None and fall_back("not finite: on its first trial"):
+            run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
         if run.birth == "zero" and not silent:
             raise Conflict(
                 f"kernel {run.choice.kernel_id}: expected zero output at birth, found another", reason="BIRTH"
             )
-        if run.birth != "zero":
-            run.isolation = self.trainer(seed)
-        self.attach(run, seed)
-        # A kernel that came late is attached after those that overtook it: hooks do not run in the order of birth.
-        self.runs[run.index] = self.runs.pop(run.index)
+        return seed
 
     def attach(self, run: SeedRun, seed: SeedModule) -> None:
         """Put the seed into the host, and its alpha into the mirror."""
@@ -332,13 +378,15 @@ class Lifecycle:
         blamed, snapshot = [self.runs[seed] for seed in self.watch.seeds], self.watch.snapshot
         for run in blamed:
             run.failure = why
+            lock = self.config.lock_boundaries if snapshot is not None else None
+            closed = self.breakers.trip(Scope.SITE, run.site.key, why, first=lock)
             if snapshot is not None:
                 self._enter(run, Stage.ROLLED_BACK)
                 self._remove(run)
-                self.layout.close(run.index, self.config.lock_boundaries)
+                self.layout.close(run.index, closed)
                 self._on_end(run, Outcome.ROLLED_BACK, why)
             else:
-                self.cull(run, why, self.config.embargo_boundaries)
+                self.cull(run, why, closed)
         if snapshot is not None:
             snapshot.restore(self.model, self.optimizer)
         return blamed, snapshot is not None
@@ -396,9 +444,21 @@ class Lifecycle:
             if run.isolation is not None and seed.capture is not None:
                 capture, seed.capture = seed.capture, None
                 capture.overflowed = overflowed
-                run.isolation.step(capture)
+                if seed.guard.fault is None:
+                    self._isolated(run, seed, capture)
             elif run.blend is not None:
                 run.blend.step(_facts.signals(run, self.groups, loss, gradient))
                 if run.blend.needs_host_gradient:
                     self.gradient.want()
         self.mirror.push()
+
+    @staticmethod
+    def _isolated(run: SeedRun, seed: SeedModule, capture: Capture) -> None:
+        assert run.isolation is not None
+        FLIGHT.enter(seed.guard.kernel_id, "isolation")
+        try:
+            run.isolation.step(capture)
+        except Exception as error:  # noqa: BLE001  # as in the forward: judged after the next step
+            seed.guard.failed(error)
+        finally:
+            FLIGHT.leave()

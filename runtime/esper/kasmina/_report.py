@@ -202,6 +202,7 @@ def new_record(growth: Growth, decision: Decision) -> dict[str, Any]:
 def end(growth: Growth, run: SeedRun, outcome: Outcome, reason: str) -> FieldReport:
     """Close the lineage entry of a life and make its field report."""
     measured = run.counterfactual
+    reason = "; ".join([reason, *(text for text in run.faults if text not in reason)])
     run.record |= {
         "outcome": outcome.value,
         "reason": reason,

@@ -82,6 +82,8 @@ class SeedRun:
     losses_before: int = 0
     """Training losses that the run had seen when the seed was grafted."""
     failure: str = ""
+    faults: list[str] = field(default_factory=list)
+    """What its kernel did wrong, one sentence each, oldest first."""
 
     @property
     def index(self) -> int:

@@ -36,6 +36,11 @@ class Site:
         return self.descriptor.index
 
     @property
+    def key(self) -> str:
+        """Name and kind: the same in every run of the model."""
+        return f"{self.descriptor.name} ({self.descriptor.kind.value})"
+
+    @property
     def extent(self) -> tuple[int, ...]:
         """Positions of y as observed: (), (T,) or (H, W)."""
         shape = list(self.y_shape)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina._compile import forget_graphs, register_tap, tap
+from esper.kasmina._guard import Guard, check_shape, in_backward
 from esper.kasmina._ports import Port, first_tensor, fit, output_tensor, replace_first
 from esper.kasmina.control import SiteKind
 from esper.kasmina.seeds import Execution
@@ -84,8 +85,6 @@ def owner_of(module: nn.Module) -> nn.Module:
     )
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # has no public name
 
 
 @dataclass(slots=True)
@@ -114,6 +113,8 @@ class SeedModule(nn.Module):
     gate: Tensor
     alpha: Tensor
     """0-dimensional, float32, on the device of the site: never a Python number, so that graphs survive its changes."""
+    probe: Tensor
+    """0-dimensional; not finite any more once the kernel's output was not, where the device is not waited for."""
 
     def __init__(self, delta: nn.Module, site: Site, capture_elements: int = 1 << 18) -> None:
         super().__init__()
@@ -123,13 +124,13 @@ class SeedModule(nn.Module):
         self.register_buffer("alpha", torch.zeros((), device=device))
         # What `enabled` is to a compiled graph: a Python value would be a graph of its own.
         self.register_buffer("gate", torch.ones((), dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("probe", torch.zeros((), device=device), persistent=False)
+        self.guard = Guard(delta.parameters())
         self.mode = Execution.ABSENT
         self._enabled = True
         self.measuring = False
         """True while the ratio of alpha * delta to y is wanted."""
         self.ratio: Tensor | None = None
-        self.error = ""
-        """What the kernel raised in the forward; the host runs without it until the runtime takes the seed out."""
         self.capture: Capture | None = None
         self._captures = capture_elements
         self._parallel = site.descriptor.kind is SiteKind.PARALLEL
@@ -156,6 +157,11 @@ class SeedModule(nn.Module):
         self._enabled = value
         self.gate.fill_(value)
 
+    @property
+    def error(self) -> str:
+        """What was wrong with the kernel in the last forward; the host runs without it until the runtime has judged."""
+        return "" if self.guard.fault is None else self.guard.fault.text
+
     def forward(self, x: Any) -> Any:
         """Identity: a seed acts by its hooks, and a host that runs all its children in turn runs it without effect."""
         return x
@@ -175,8 +181,8 @@ class SeedModule(nn.Module):
 
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
-        compiling = torch.compiler.is_compiling()
-        if self.mode is Execution.ABSENT or self.error or not (compiling or self._enabled):
+        guard, compiling = self.guard, torch.compiler.is_compiling()
+        if self.mode is Execution.ABSENT or guard.shut or not (compiling or self._enabled):
             return None
         y = output_tensor(output)
         x = y
@@ -192,9 +198,12 @@ class SeedModule(nn.Module):
             scaled = self._change(x, y)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             # Activation checkpointing ends a recomputation by an exception of its own.
-            if compiling or _in_backward():
+            if compiling or (in_backward() and not guard.repeats(error)):
                 raise
-            self.error = f"{type(error).__name__}: {error}"
+            guard.failed(error)
+            return None
+        if guard.fault is not None:
+            # The forward that is run again here went on without the seed.
             return None
         # Asked in this order: evaluation is not to be compiled again because training no longer measures.
         if torch.is_grad_enabled() and self.measuring:
@@ -204,9 +213,9 @@ class SeedModule(nn.Module):
 
     def _change(self, x: Tensor, y: Tensor) -> Tensor:
         """The change, alpha * delta, in the order of the host."""
-        delta = self._to.restore(self.delta(self._features(x, y)), tuple(y.shape))
-        if delta.shape != y.shape:
-            raise ValueError(f"expected a change of the shape {tuple(y.shape)}, found {tuple(delta.shape)}")
+        delta = self.guard.run(self.delta, self._features(x, y), self.probe)
+        delta = self._to.restore(delta, tuple(y.shape))
+        check_shape(delta, y)
         return delta * self.alpha
 
     def _span_input(self) -> Tensor | None:
@@ -225,7 +234,7 @@ class SeedModule(nn.Module):
             self._used = True
             self._cut = x is not None and x.requires_grad and not torch.is_grad_enabled()
             return x
-        if not _in_backward():
+        if not in_backward():
             return None
         return x.detach() if self._cut and x is not None else x
 

@@ -97,12 +97,33 @@ class Config:
     """Boundaries for which a rolled-back seed stays locked."""
     embargo_boundaries: int = 5
     """Boundaries for which a site stays closed that the runtime itself closed."""
+    breaker_boundaries: int = 10
+    """Boundaries for which the first failure closes a kernel, or its compiled code, out; doubled by each further one.
+    For sites it is `embargo_boundaries`."""
+    breaker_max_boundaries: int = 640
+    """Bound of all these."""
+    slow_floor_s: float = 0.02
+    """Time of a seed's forward, per step, below which it is never slow. Above, it is where it takes longer than all the
+    rest of the step, or ten times as long as it used to."""
+    slow_patience: int = 3
+    """Slow steps in a row that make a fault."""
+    hang_timeout_s: float = 60.0
+    """Time from which a call into a kernel counts as hung; 0 never looks."""
+    abort_on_hang: bool = False
+    """End the process then (exit status 70), for whoever can resume it without the kernel. Off, a hang is reported
+    where Python still runs, and the training thread waits for the call."""
     kernel_timeout_s: float = 60.0
     """Longest wait for the kernels in use when a checkpoint is loaded."""
 
     def __post_init__(self) -> None:
-        positive = ("max_active_seeds", "max_sites", "clip_norm", "isolation_learning_rate", "isolation_trust")
-        natural = ("sample_every", "merge_steps", "watch_steps", "min_graft_steps", "settle_steps", "lock_boundaries")
+        positive: tuple[str, ...] = (
+            *("max_active_seeds", "max_sites", "clip_norm", "isolation_learning_rate", "isolation_trust"),
+            *("breaker_boundaries", "breaker_max_boundaries", "slow_patience"),
+        )
+        natural: tuple[str, ...] = (
+            *("sample_every", "merge_steps", "watch_steps", "min_graft_steps", "settle_steps", "lock_boundaries"),
+            *("slow_floor_s", "hang_timeout_s"),
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"growth option {name}: expected a number above 0, found {getattr(self, name)!r}")

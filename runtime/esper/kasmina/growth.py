@@ -21,6 +21,7 @@ sampled steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import torch
 from esper.kasmina import _checkpoint, _report, _summary
 from esper.kasmina._compile import inner_module
 from esper.kasmina._decide import Applied, Decider
+from esper.kasmina._faults import FaultDesk
 from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader, scalar
 from esper.kasmina._measure import Measurer, Validation, read_validation
@@ -39,6 +41,8 @@ from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina._steps import StepWatch
 from esper.kasmina._structure import Change, ChangeKind
+from esper.kasmina._watchdog import Watchdog
+from esper.kasmina.breaker import Scope
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
 from esper.kasmina.sites import Selection
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from esper.kasmina._flight import Call
     from esper.kasmina._seed import KernelLike, SeedRun
     from esper.kasmina.control import RunHello, SiteDescriptor
     from esper.kasmina.sites import Refusal, Selectors, Site
@@ -118,6 +123,10 @@ class Growth:
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
         self._began = time.monotonic()
+        self._faults = FaultDesk(self.life, self.counters, self.plane.event)
+        self._watchdog = Watchdog(self.config.hang_timeout_s, abort=self.config.abort_on_hang, told=self._hung)
+        self.on_breakers: Callable[[dict[str, Any]], None] | None = None
+        """Told the circuits (`breakers`) at each boundary, and before a watchdog ends the process."""
         self._decider = Decider(self.life, self.plane, record=self._record, measure=self._measure_one)
         self._said: set[str] = set()
         self._closed = False
@@ -159,16 +168,16 @@ class Growth:
         if loss is not None:
             loss = scalar(loss)
             self.losses.push(loss, not done if self._stepped.doubt is None else self._stepped.doubt)
-        if self._judge_losses():
+        finite = self._judge_losses()
+        if finite is None:
             return
-        if self.life.runs:
-            self._take_out_failed()
         if not done:
             self.life.forget_captures()
             return
         self.life.layout.tick()
         gradient = self.life.gradient.take()
         if self.life.runs:
+            self._faults.judge(finite=finite)
             self.life.step(loss, gradient, self._stepped.doubt)
         if self.observation.collect(gradient):
             job = _report.health_job(self)
@@ -176,14 +185,16 @@ class Growth:
                 self.observation.worker.submit(job)
         self.observation.arm(self.steps)
 
-    def _judge_losses(self, *, wait: bool = False) -> bool:
-        """Look at the losses that have arrived; True where one made a spike, and grafts were rolled back."""
+    def _judge_losses(self, *, wait: bool = False) -> bool | None:
+        """Look at the losses that have arrived: whether all are finite; None where one rolled grafts back."""
+        finite = True
         for loss in self.losses.read(wait=wait):
+            finite = finite and (loss.skipped or math.isfinite(loss.value))
             why = self.life.watch.detector.update(loss.value, skipped=loss.skipped)
             if why:
                 self._roll_back(why)
-                return True
-        return False
+                return None
+        return finite
 
     def _roll_back(self, why: str) -> None:
         blamed, restored = self.life.roll_back(why)
@@ -191,19 +202,6 @@ class Growth:
         self.counters["rollbacks"] += 1
         _log.warning("graft rolled back", seeds=[run.index for run in blamed], host_restored=restored, why=why)
         self.plane.event("rollback", {"seeds": [r.index for r in blamed], "host_restored": restored, "why": why})
-
-    def _take_out_failed(self) -> None:
-        for run in list(self.life.runs.values()):
-            if run.attachment is None or not run.attachment.seed.error:
-                continue
-            if run.index in self.life.fossilized:
-                self._say_once(
-                    f"fossilized seed {run.index} failed, the host runs without it: {run.attachment.seed.error}"
-                )
-            else:
-                run.failure = f"kernel failed in the forward: {run.attachment.seed.error}"
-                self.counters["kernel_failures"] += 1
-                self.life.cull(run, run.failure, self.config.embargo_boundaries)
 
     def boundary(self, metrics: object, *, decisions: Sequence[Decision] | None = None) -> BoundaryReport:
         """After each validation: tell the controller how things stand, carry out what it decides.
@@ -219,6 +217,7 @@ class Growth:
         """
         self.boundaries += 1
         self.life.tick_boundary()
+        self._faults.boundary()
         # Before anything is measured: a late loss may take a seed out, and the validation is of the network without it.
         self._guard("collect", self.finish_losses)
         validation = self._validate(metrics)
@@ -244,6 +243,7 @@ class Growth:
             )
         self.measurer.forget()
         self.plane.hold_kernels(self.life)
+        self._guard("breakers", self._tell_breakers)
         report = BoundaryReport(
             self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)
         )
@@ -263,7 +263,7 @@ class Growth:
 
     def finish_losses(self) -> None:
         """Wait for the training losses that are still on their way, and judge them."""
-        while self._judge_losses(wait=True):
+        while self._judge_losses(wait=True) is None:
             pass
 
     def _measure(self) -> None:
@@ -330,10 +330,26 @@ class Growth:
     def _transitioned(self, run: SeedRun, before: Stage, after: Stage) -> None:
         run.record["stages"].append({"stage": after.name, "boundary": self.boundaries, "step": self.steps})
         self.plane.event("transition", {"seed": run.index, "from": before.name, "to": after.name, "step": self.steps})
+        if after is Stage.TRAINING:
+            self._watchdog.start()
+        elif after is Stage.STABILIZING:
+            self.life.breakers.succeed(Scope.KERNEL, run.choice.kernel_id)
+            self.life.breakers.succeed(Scope.SITE, run.site.key)
 
     def _ended(self, run: SeedRun, outcome: Outcome, reason: str) -> None:
         report = _report.end(self, run, outcome, reason)
         self.plane.report(report)
+        self.life.breakers.give_up(Scope.KERNEL, run.choice.kernel_id)
+        self.life.breakers.give_up(Scope.SITE, run.site.key)
+
+    def _hung(self, call: Call, seconds: float) -> None:
+        """On the watchdog's thread."""
+        self._faults.hung(call, seconds)
+        self._tell_breakers()
+
+    def _tell_breakers(self) -> None:
+        if self.on_breakers is not None:
+            self.on_breakers(self.breakers())
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -360,6 +376,10 @@ class Growth:
         """Boundaries for which each rolled-back seed stays locked; keep it outside the checkpoint."""
         return _report.locks(self)
 
+    def breakers(self) -> dict[str, Any]:
+        """Circuits that are not closed, as JSON types; keep it outside the checkpoint, like `locks`."""
+        return self.life.breakers.document()
+
     def on_change(self, listener: Callable[[Change], None]) -> Callable[[], None]:
         """Call `listener` whenever a seed's parameters came, went or entered another stage; the answer ends that."""
         return self.life.structure.listen(lambda change, _run: listener(change))
@@ -382,6 +402,7 @@ class Growth:
         *,
         kernels: Mapping[str, KernelLike] | Callable[[str], KernelLike | None] | None = None,
         locks: Mapping[int, int] | None = None,
+        breakers: Mapping[str, Any] | None = None,
     ) -> None:
         """Bring every seed back; call it before the model's and the optimizer's own ``load_state_dict``.
 
@@ -390,12 +411,15 @@ class Growth:
             kernels: where the kernels in use are: by id, or a function of the id (``KernelCache.obtain``); what is
                 not found there is asked of the control plane, for at most ``config.kernel_timeout_s``.
             locks: of `locks`, where seeds were rolled back after `state` was taken.
+            breakers: of `breakers`, where kernels failed after `state` was taken.
 
         Raises:
             NotFound: a kernel in use could not be had: the run can not go on as it was.
             InvalidInput: `state` belongs to another model.
         """
-        _checkpoint.load(self, state, kernels, locks or {})
+        _checkpoint.load(self, state, kernels, locks or {}, breakers or {})
+        if self.life.runs:
+            self._watchdog.start()
         self.plane.hold_kernels(self.life)
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -404,6 +428,7 @@ class Growth:
             return
         self._closed = True
         self._stepped.close()
+        self._watchdog.stop()
         self.observation.reset()
         self.observation.worker.close(timeout_s)
         self.plane.close(timeout_s)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from esper.kasmina._flight import FLIGHT
 from esper.kasmina.blueprints.module import BlueprintModule, in_order, initial_parameters, register, torch_dtype
+from esper.kasmina.kernels.attempt import Form, attempted, portable_gradients
 from esper.mesh.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ class Kernel:
         self.plan = plan
         self.portable = portable
         self.compiled = compiled
+        """What runs where its target is; None where the portable graph runs instead."""
+        self.fault = ""
+        """What the compiled code did wrong when it was last given up; whoever reports it takes it away."""
+        self._native = compiled
         self.device_type = manifest.target.partition("/")[0]
         """Kind of device whose memory the compiled functions read."""
         self.nbytes = nbytes
@@ -67,12 +73,33 @@ class Kernel:
         """What it maps from and to."""
         return self.manifest.signature
 
+    def output_form(self, x: Tensor) -> Form:
+        """What the answer to `x` must look like."""
+        shape = list(x.shape)
+        shape[self.signature.layout.feature_dim] = self.signature.out_features
+        return Form(tuple(shape), x.dtype, x.device)
+
     @property
     def running_tier(self) -> Tier:
         """The tier that runs here: portable where the compiled functions are for another machine."""
         from esper.kasmina.kernels.bundle import Tier
 
         return Tier.PORTABLE if self.compiled is None else Tier.STANDARD
+
+    def fall_back(self, why: str = "") -> bool:
+        """Run the portable graph from now on, with the same parameters; False where it runs already.
+
+        Args:
+            why: what the compiled code did wrong, where nobody knows yet.
+        """
+        running = self.compiled is not None
+        self.compiled = None
+        self.fault = self.fault or why
+        return running
+
+    def take_up(self) -> None:
+        """Run the compiled code again, where there is some."""
+        self.compiled = self._native
 
     def instantiate(self, device: torch.device | str = "cpu", *, seed: int | None = None) -> KernelModule:
         """A module with parameters of its own.
@@ -136,7 +163,7 @@ class KernelModule(nn.Module):
         if compiled is None or torch.compiler.is_compiling() or not x.numel():
             result = self.kernel.portable(in_order(inner), *held)
         else:
-            result = _Compiled.apply(compiled, inner, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
+            result = _Compiled.apply(self.kernel, compiled, inner, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
         answer: Tensor = result if x.dtype == self._dtype else result.to(x.dtype)
         return answer
 
@@ -150,21 +177,38 @@ class KernelModule(nn.Module):
 
 
 class _Compiled(torch.autograd.Function):
-    """Joins the compiled forward and backward; the backward recomputes what it needs from the forward's inputs."""
+    """Joins the compiled forward and backward; the backward recomputes what it needs from the forward's inputs.
+
+    Where the compiled code raises, or gives what has another form, the portable graph gives the answer of the same call
+    and runs from then on: the step is not lost.
+    """
 
     @staticmethod
-    def forward(ctx: Any, compiled: tuple[Any, Any], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, compiled: tuple[Any, Any], x: Tensor, *parameters: Tensor) -> Tensor:
         # Compiled code reads memory in the order in which it was traced.
         x, held = x.contiguous(), [p.contiguous() for p in parameters]
-        ctx.compiled = compiled
+        ctx.kernel, ctx.compiled = kernel, compiled
         ctx.save_for_backward(x, *held)
-        result = compiled[0](x, *held)
-        assert isinstance(result, Tensor)
+        found, why = attempted(lambda: [compiled[0](x, *held)], [kernel.output_form(x)])
+        if why:
+            kernel.fall_back(f"forward: {why}")
+            ctx.compiled = None
+            return kernel.portable(in_order(x), *held)
+        result: Tensor = found[0]
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.compiled[1](grad.contiguous(), *ctx.saved_tensors)
-        wanted = ctx.needs_input_grad[1:]
-        return (None, *(g if need else None for g, need in zip(grads, wanted, strict=True)))
+        kernel, saved = ctx.kernel, ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if ctx.compiled is not None:
+            backward = ctx.compiled[1]
+            forms = [Form.of(t) if need else None for t, need in zip(saved, wanted, strict=True)]
+            FLIGHT.enter(kernel.id, "backward")
+            found, why = attempted(lambda: backward(grad.contiguous(), *saved), forms)
+            FLIGHT.leave()
+            if not why:
+                return (None, None, *(g if need else None for g, need in zip(found, wanted, strict=True)))
+            kernel.fall_back(f"backward: {why}")
+        return (None, None, *portable_gradients(kernel.portable, grad, saved, wanted))
