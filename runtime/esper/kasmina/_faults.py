@@ -18,12 +18,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from esper.kasmina._guard import Fault, FaultKind
 from esper.kasmina._probes import ProbeReader
+from esper.kasmina._watchdog import Watchdog
 from esper.kasmina.breaker import CircuitState, Scope
 from esper.kasmina.control import Stage
 from esper.mesh.logging import get_logger
@@ -63,6 +64,39 @@ class FaultDesk:
         self._last: float | None = None
         self._times: dict[int, _Times] = {}
         self._hung: deque[tuple[str, Fault]] = deque()
+        config = life.config
+        self._watchdog = Watchdog(config.hang_timeout_s, abort=config.abort_on_hang, told=self.hung)
+        self.on_breakers: Callable[[dict[str, Any]], None] | None = None
+        """Told the circuits at each boundary, and before a hang ends the process."""
+
+    # ---- lives -------------------------------------------------------------------------------------------------------
+
+    def entered(self, run: SeedRun, stage: Stage) -> None:
+        """A seed has come to a stage: from TRAINING on its kernel is called, and G2 is proof that it works."""
+        if stage is Stage.TRAINING:
+            self._watchdog.start()
+        elif stage is Stage.STABILIZING:
+            self._life.breakers.succeed(Scope.KERNEL, run.choice.kernel_id)
+            self._life.breakers.succeed(Scope.SITE, run.site.key)
+
+    def ended(self, run: SeedRun) -> None:
+        """A life is over: if it was a trial, another one may begin."""
+        self._life.breakers.give_up(Scope.KERNEL, run.choice.kernel_id)
+        self._life.breakers.give_up(Scope.SITE, run.site.key)
+
+    def resumed(self) -> None:
+        """Seeds have come back from a checkpoint."""
+        if self._life.runs:
+            self._watchdog.start()
+
+    def publish(self) -> None:
+        """Hand the circuits over to whoever keeps them outside the checkpoint."""
+        if self.on_breakers is not None:
+            self.on_breakers(self._life.breakers.document())
+
+    def close(self) -> None:
+        """End the watchdog."""
+        self._watchdog.stop()
 
     # ---- after each optimizer step -----------------------------------------------------------------------------------
 
@@ -204,6 +238,7 @@ class FaultDesk:
         self._life.breakers.trip(scope, call.kernel_id, f"{fault.kind}: {fault.text}", for_good=True)
         self._tell("kernel_hang", {"kernel_id": call.kernel_id, "phase": call.phase, "seconds": round(seconds, 1)})
         self._hung.append((call.kernel_id, fault))
+        self.publish()
 
 
 class _Times:

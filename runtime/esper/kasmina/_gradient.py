@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esper.kasmina._quiet import harmless
 from esper.kasmina._steps import gradient_scale
 from esper.kasmina.newborn import host_groups
 
@@ -52,7 +53,7 @@ class HostGradient:
     def want(self) -> None:
         """Have the next optimizer step looked at."""
         if self._hook is None:
-            self._hook = self._optimizer.register_step_post_hook(self._look)
+            self._hook = self._optimizer.register_step_post_hook(harmless(self._look))
 
     def _look(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]

@@ -40,7 +40,11 @@ class GuardedPlane:
             return call(self.plane)
         except Exception as error:  # noqa: BLE001  # whatever a controller does wrong must not stop training
             self._counters[f"plane_{name}"] += 1
-            _log.warning("control plane failed", call=name, error=f"{type(error).__name__}: {error}")
+            count = self._counters[f"plane_{name}"]
+            # The first, the second, the fourth ...: one that stays broken must not fill the log as well.
+            if count & (count - 1) == 0:
+                said = f"{type(error).__name__}: {error}"
+                _log.warning("control plane failed", call=name, error=said, times=count)
             return None
 
     def open(self, hello: RunHello) -> None:

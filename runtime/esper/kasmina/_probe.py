@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.kasmina._ports import first_tensor, output_tensor, why_no_tensor
+from esper.kasmina._quiet import harmless
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,6 +97,7 @@ class Recorder:
         return self._numbers.setdefault(x, self._clock), version  # type: ignore[no-untyped-call]  # torch leaves it so
 
     def _before(self, call: Call) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        @harmless
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call.calls += 1
             if call.calls == 1:
@@ -108,6 +110,7 @@ class Recorder:
         return hook
 
     def _after(self, call: Call) -> Callable[[nn.Module, Any, Any], None]:
+        @harmless
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             call.end = self._tick()
             why = why_no_tensor(output)
@@ -162,7 +165,7 @@ class ForwardWatch:
         if torch.compiler.is_compiling() or (self._graded and not torch.is_grad_enabled()) or self._running:
             return
         self._running = True
-        self._inner = self._enter(args, kwargs)
+        self._inner = harmless(self._enter)(args, kwargs) or []
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         # In this order: a graph must not depend on what only an uncompiled forward knows.
@@ -172,7 +175,7 @@ class ForwardWatch:
         self._clear()
         if output is not None:
             self.disarm()
-        self._leave(output)
+        harmless(self._leave)(output)
 
     def _clear(self) -> None:
         for handle in self._inner:

@@ -1,20 +1,44 @@
-"""Runs something on the host that must leave no trace: flags, buffers and every random state come back."""
+"""Runs something on the host that must leave no trace: flags, buffers, every random state, and no exception."""
 
 from __future__ import annotations
 
+import functools
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
+from esper.mesh.logging import get_logger
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
-__all__ = ["evaluating", "preserved_random_state", "untouched"]
+__all__ = ["evaluating", "harmless", "preserved_random_state", "untouched"]
+
+_log = get_logger("esper.kasmina.growth")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_said: set[str] = set()
+
+
+def harmless(hook: Callable[_P, _T]) -> Callable[_P, _T | None]:
+    """A hook whose failure is told once and costs the host nothing: it runs inside the user's forward or step."""
+
+    @functools.wraps(hook)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:  # noqa: BLE001  # whatever it is, it must not become the user's
+            if hook.__qualname__ not in _said:
+                _said.add(hook.__qualname__)
+                _log.exception("hook failed", hook=hook.__qualname__)
+            return None
+
+    return guarded
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from esper.kasmina._compile import forget_graphs, register_tap, tap
 from esper.kasmina._guard import Guard, check_shape, in_backward
 from esper.kasmina._ports import Port, first_tensor, fit, output_tensor, replace_first
+from esper.kasmina._quiet import harmless
 from esper.kasmina.control import SiteKind
 from esper.kasmina.seeds import Execution
 from esper.mesh.errors import Conflict
@@ -83,8 +84,6 @@ def owner_of(module: nn.Module) -> nn.Module:
         f"seed at {type(module).__name__}: expected a descendant that does not iterate over its children, found none",
         reason="NO_OWNER",
     )
-
-
 
 
 @dataclass(slots=True)
@@ -191,10 +190,10 @@ class SeedModule(nn.Module):
             if seen is None:
                 return None
             x = seen
-        if self.mode is Execution.ISOLATED:
-            watched = self._watch(x, y)
-            return None if watched is None else replace_first(output, watched)
         try:
+            if self.mode is Execution.ISOLATED:
+                watched = self._watch(x, y)
+                return None if watched is None else replace_first(output, watched)
             scaled = self._change(x, y)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             # Activation checkpointing ends a recomputation by an exception of its own.
@@ -268,6 +267,7 @@ class SeedModule(nn.Module):
             return tap(y, features, self._tap)
         record = self._record(self._features(x.detach(), y.detach()), y)
 
+        @harmless
         def keep(gradient: Tensor) -> None:
             self._complete(record, gradient)
 

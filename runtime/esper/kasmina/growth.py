@@ -41,8 +41,6 @@ from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina._steps import StepWatch
 from esper.kasmina._structure import Change, ChangeKind
-from esper.kasmina._watchdog import Watchdog
-from esper.kasmina.breaker import Scope
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
 from esper.kasmina.sites import Selection
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from esper.kasmina._flight import Call
     from esper.kasmina._seed import KernelLike, SeedRun
     from esper.kasmina.control import RunHello, SiteDescriptor
     from esper.kasmina.sites import Refusal, Selectors, Site
@@ -123,10 +120,7 @@ class Growth:
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
         self._began = time.monotonic()
-        self._faults = FaultDesk(self.life, self.counters, self.plane.event)
-        self._watchdog = Watchdog(self.config.hang_timeout_s, abort=self.config.abort_on_hang, told=self._hung)
-        self.on_breakers: Callable[[dict[str, Any]], None] | None = None
-        """Told the circuits (`breakers`) at each boundary, and before a watchdog ends the process."""
+        self.faults = FaultDesk(self.life, self.counters, self.plane.event)
         self._decider = Decider(self.life, self.plane, record=self._record, measure=self._measure_one)
         self._said: set[str] = set()
         self._closed = False
@@ -177,7 +171,7 @@ class Growth:
         self.life.layout.tick()
         gradient = self.life.gradient.take()
         if self.life.runs:
-            self._faults.judge(finite=finite)
+            self.faults.judge(finite=finite)
             self.life.step(loss, gradient, self._stepped.doubt)
         if self.observation.collect(gradient):
             job = _report.health_job(self)
@@ -216,13 +210,31 @@ class Growth:
             Exception: whatever the user's own validation raises.
         """
         self.boundaries += 1
+        self._guard("boundary", self._begin_boundary)
+        validation = self._validate(metrics)
+        found: list[BoundaryReport] = []
+        self._guard("boundary", lambda: found.append(self._consult(validation, decisions)))
+        self._guard("boundary", self._end_boundary)
+        self.last_report = (
+            found[0] if found else BoundaryReport(self.boundaries, validation.loss, validation.accuracy, None, ())
+        )
+        return self.last_report
+
+    def _begin_boundary(self) -> None:
         self.life.tick_boundary()
-        self._faults.boundary()
+        self.faults.boundary()
         # Before anything is measured: a late loss may take a seed out, and the validation is of the network without it.
         self._guard("collect", self.finish_losses)
-        validation = self._validate(metrics)
+
+    def _end_boundary(self) -> None:
+        self.measurer.forget()
+        self.plane.hold_kernels(self.life)
+        self.faults.publish()
+
+    def _consult(self, validation: Validation, decisions: Sequence[Decision] | None) -> BoundaryReport:
+        """Tell the controller, and carry out what it decides."""
         self._measure()
-        self.observation.worker.drain(self.config.drain_timeout_s)
+        self._guard("drain", self._drain)
         for run in list(self.life.runs.values()):
             self._decider.poll(run)
         advice: Advice | None = None
@@ -241,14 +253,12 @@ class Growth:
                 "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs, or "
                 "boundary() a callable where the model is compiled"
             )
-        self.measurer.forget()
-        self.plane.hold_kernels(self.life)
-        self._guard("breakers", self._tell_breakers)
-        report = BoundaryReport(
+        return BoundaryReport(
             self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)
         )
-        self.last_report = report
-        return report
+
+    def _drain(self) -> None:
+        self.observation.worker.drain(self.config.drain_timeout_s)
 
     def _validate(self, metrics: object) -> Validation:
         validation = self.measurer.validate(metrics) if callable(metrics) else read_validation(metrics)
@@ -330,26 +340,12 @@ class Growth:
     def _transitioned(self, run: SeedRun, before: Stage, after: Stage) -> None:
         run.record["stages"].append({"stage": after.name, "boundary": self.boundaries, "step": self.steps})
         self.plane.event("transition", {"seed": run.index, "from": before.name, "to": after.name, "step": self.steps})
-        if after is Stage.TRAINING:
-            self._watchdog.start()
-        elif after is Stage.STABILIZING:
-            self.life.breakers.succeed(Scope.KERNEL, run.choice.kernel_id)
-            self.life.breakers.succeed(Scope.SITE, run.site.key)
+        self.faults.entered(run, after)
 
     def _ended(self, run: SeedRun, outcome: Outcome, reason: str) -> None:
         report = _report.end(self, run, outcome, reason)
         self.plane.report(report)
-        self.life.breakers.give_up(Scope.KERNEL, run.choice.kernel_id)
-        self.life.breakers.give_up(Scope.SITE, run.site.key)
-
-    def _hung(self, call: Call, seconds: float) -> None:
-        """On the watchdog's thread."""
-        self._faults.hung(call, seconds)
-        self._tell_breakers()
-
-    def _tell_breakers(self) -> None:
-        if self.on_breakers is not None:
-            self.on_breakers(self.breakers())
+        self.faults.ended(run)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -393,7 +389,7 @@ class Growth:
     def state_dict(self) -> dict[str, Any]:
         """Everything that growth must remember, as tensors and JSON types, for ``torch.load(weights_only=True)``."""
         self._guard("collect", self.finish_losses)
-        self.observation.worker.drain(self.config.drain_timeout_s)
+        self._guard("drain", self._drain)
         return _checkpoint.save(self)
 
     def load_state_dict(
@@ -418,8 +414,7 @@ class Growth:
             InvalidInput: `state` belongs to another model.
         """
         _checkpoint.load(self, state, kernels, locks or {}, breakers or {})
-        if self.life.runs:
-            self._watchdog.start()
+        self.faults.resumed()
         self.plane.hold_kernels(self.life)
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -427,11 +422,11 @@ class Growth:
         if self._closed:
             return
         self._closed = True
-        self._stepped.close()
-        self._watchdog.stop()
-        self.observation.reset()
-        self.observation.worker.close(timeout_s)
-        self.plane.close(timeout_s)
+        self._guard("close", self._stepped.close)
+        self._guard("close", self.faults.close)
+        self._guard("close", self.observation.reset)
+        self._guard("close", partial(self.observation.worker.close, timeout_s))
+        self._guard("close", partial(self.plane.close, timeout_s))
 
     def hello(self) -> RunHello:
         """First words of the run to its controller."""

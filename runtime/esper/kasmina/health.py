@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from esper.kasmina._ports import Port, output_tensor, why_no_tensor
+from esper.kasmina._quiet import harmless
 from esper.kasmina.control import SiteHealth
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class HealthSampler:
     def _observe(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         port = self._by_target[name][0].y
 
+        @harmless
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if why_no_tensor(output):
                 return
@@ -162,6 +164,7 @@ class HealthSampler:
             self._taken[name] = (_sample(y, port), gradients, y.numel())
             if y.requires_grad:
 
+                @harmless
                 def keep(gradient: Tensor) -> None:
                     gradients.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from esper.kasmina._quiet import harmless
 from esper.kasmina._steps import gradient_scale
 from esper.mesh.errors import Conflict
 
@@ -186,7 +187,7 @@ class NewbornGroups:
         self.optimizer.add_param_group(group)
         self._follow(entry, self._group(seed), like)
         if self._hook is None:
-            self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+            self._hook = self.optimizer.register_step_pre_hook(harmless(self._before_step))
 
     def remove(self, seed: int) -> None:
         """Remove a newborn's group and every trace of its parameters in the optimizer's state."""
@@ -251,7 +252,7 @@ class NewbornGroups:
 
         def prepared() -> Any:
             loss = closure()
-            self._prepare()
+            harmless(self._prepare)()
             return loss
 
         if len(args) > 1:

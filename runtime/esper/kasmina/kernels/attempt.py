@@ -39,9 +39,10 @@ def attempted(call: Callable[[], Sequence[Any]], forms: Sequence[Form | None]) -
         forms: of each tensor that it must give; None for one that nobody looks at.
     """
     try:
-        found = list(call())
+        given: Any = call()
     except Exception as error:  # noqa: BLE001  # whatever native code raises, the portable graph can answer
         return [], f"raised {type(error).__name__}: {error!s:.300}"
+    found = list(given) if isinstance(given, list | tuple) else [given]
     if len(found) != len(forms):
         return [], f"gave {len(found)} tensors for {len(forms)}"
     for value, form in zip(found, forms, strict=True):
