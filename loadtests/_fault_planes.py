@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+from esper.kasmina._columns import Columns
 from esper.kasmina._decide import Decider
 from esper.kasmina._faults import FaultDesk
 from esper.kasmina._gradient import HostGradient
@@ -37,6 +38,7 @@ from esper.kasmina.kernels import SigningKey, Statement, TrustStore, kernel_id_o
 from esper.kasmina.layout import SeedLayout
 from esper.kasmina.link import MeshLink
 from esper.kasmina.local import LocalPlane
+from esper.kasmina.mirror import DeviceMirror
 from esper.kasmina.newborn import NewbornGroups
 from esper.kasmina.spikes import HostSnapshot, SpikeDetector
 from esper.mesh.errors import EsperError
@@ -64,7 +66,9 @@ NOT_CALLED = {
 PARTS: tuple[type, ...] = (
     Blend,
     Breakers,
+    Columns,
     Decider,
+    DeviceMirror,
     FaultDesk,
     GraftWatch,
     GuardedPlane,

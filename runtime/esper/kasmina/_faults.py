@@ -65,16 +65,16 @@ class FaultDesk:
         self._times: dict[int, _Times] = {}
         self._hung: deque[tuple[str, Fault]] = deque()
         config = life.config
-        self._watchdog = Watchdog(config.hang_timeout_s, abort=config.abort_on_hang, told=self.hung)
-        self.on_breakers: Callable[[dict[str, Any]], None] | None = None
-        """Told the circuits at each boundary, and before a hang ends the process."""
+        self.watchdog = Watchdog(config.hang_timeout_s, abort=config.abort_on_hang, told=self.hung)
+        self.on_breakers: Callable[[dict[str, Any], bool], None] | None = None
+        """Told the circuits at each boundary, and, with True, before a hang ends the process."""
 
     # ---- lives -------------------------------------------------------------------------------------------------------
 
     def entered(self, run: SeedRun, stage: Stage) -> None:
         """A seed has come to a stage: from TRAINING on its kernel is called, and G2 is proof that it works."""
         if stage is Stage.TRAINING:
-            self._watchdog.start()
+            self.watchdog.start()
         elif stage is Stage.STABILIZING:
             self._life.breakers.succeed(Scope.KERNEL, run.choice.kernel_id)
             self._life.breakers.succeed(Scope.SITE, run.site.key)
@@ -87,16 +87,16 @@ class FaultDesk:
     def resumed(self) -> None:
         """Seeds have come back from a checkpoint."""
         if self._life.runs:
-            self._watchdog.start()
+            self.watchdog.start()
 
-    def publish(self) -> None:
+    def publish(self, *, ending: bool = False) -> None:
         """Hand the circuits over to whoever keeps them outside the checkpoint."""
         if self.on_breakers is not None:
-            self.on_breakers(self._life.breakers.document())
+            self.on_breakers(self._life.breakers.document(), ending)
 
     def close(self) -> None:
         """End the watchdog."""
-        self._watchdog.stop()
+        self.watchdog.stop()
 
     # ---- after each optimizer step -----------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class FaultDesk:
         self._life.breakers.trip(scope, call.kernel_id, f"{fault.kind}: {fault.text}", for_good=True)
         self._tell("kernel_hang", {"kernel_id": call.kernel_id, "phase": call.phase, "seconds": round(seconds, 1)})
         self._hung.append((call.kernel_id, fault))
-        self.publish()
+        self.publish(ending=self._config.abort_on_hang)
 
 
 class _Times:

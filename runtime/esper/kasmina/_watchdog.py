@@ -20,6 +20,7 @@ from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
     from esper.kasmina._flight import Call
 
@@ -43,6 +44,8 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._abort = abort
         self._told = told
+        self.stream: TextIO | None = sys.__stderr__
+        """Where stacks go: a file of the system's own."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -64,7 +67,7 @@ class Watchdog:
         while True:
             if self._abort:
                 # Set anew at every look: it fires only where this thread cannot run any more.
-                faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True, file=sys.__stderr__ or 2)
+                faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True, file=self.stream or 2)
             if self._stop.wait(self._timeout_s / 4):
                 break
             call = FLIGHT.longest()
@@ -79,9 +82,8 @@ class Watchdog:
 
     def _bark(self, call: Call, seconds: float) -> None:
         _log.error("kernel hangs", kernel_id=call.kernel_id, phase=call.phase, seconds=round(seconds, 1))
-        stream = sys.__stderr__
-        if stream is not None:
-            faulthandler.dump_traceback(file=stream, all_threads=True)
+        if self.stream is not None:
+            faulthandler.dump_traceback(file=self.stream, all_threads=True)
         self._told(call, seconds)
         if self._abort:
             _log.error("process ends: a kernel hangs, and cannot be interrupted", exit_status=EXIT_STATUS)

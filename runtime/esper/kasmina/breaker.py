@@ -182,10 +182,11 @@ class Breakers:
         """Take over what `document` gave; of several that know a circuit the last one counts. Trials are over."""
         merged: dict[tuple[Scope, str], _Circuit] = {}
         for document in documents:
-            for scope, circuits in document.items():
+            for name, circuits in document.items():
+                scope = Scope(name)
                 for key, fields in circuits.items():
-                    merged.pop((Scope(scope), key), None)
-                    merged[Scope(scope), key] = _Circuit(**{**fields, "trying": False})
+                    merged.pop((scope, key), None)
+                    merged[scope, key] = _Circuit(**{**fields, "trying": False})
         with self._lock:
             self._circuits = merged
             self._bound()

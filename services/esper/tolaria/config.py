@@ -192,8 +192,13 @@ class GuardConfig:
     """Factor on the learning rate of the rest of the run after each such rollback: repeating the same steps at the same
     rate would end in the same place."""
 
+    kernel_hang_s: float = 60.0
+    """Seconds from which a call into a kernel counts as hung: the process ends, and the run is resumed without that
+    kernel's compiled code. 0 waits for ever."""
+
     def __post_init__(self) -> None:
         at_least(self.max_rollbacks, 0, "guard.max_rollbacks")
+        at_least(self.kernel_hang_s, 0, "guard.kernel_hang_s")
         need(
             0 < self.rate_cut < 1,
             f"guard.rate_cut: expected between 0 and 1, both excluded, found {self.rate_cut}",

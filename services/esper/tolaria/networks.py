@@ -57,6 +57,7 @@ def build(
         plane=connect(launch),
         sample=dataset.train_batch(0, 0)[0],
         total_steps=total_steps(config.schedule, dataset.steps_per_epoch),
+        folder=run_dir.path,
     )
 
 

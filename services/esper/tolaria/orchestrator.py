@@ -19,6 +19,7 @@ from esper.mesh.logging import get_logger
 from esper.mesh.streams import BoundedQueue, Overflow, sleep_or_drain
 from esper.tolaria import recipes
 from esper.tolaria.admission import check_boundary, check_request, check_room
+from esper.tolaria.blackbox import ended_by_kernel
 from esper.tolaria.core import RESUMABLE, SETTLED, STOPPABLE, Arm, RunRecord, RunSpec, RunState, View
 from esper.tolaria.overrides import apply
 from esper.tolaria.rundir import Command
@@ -65,6 +66,8 @@ class Limits:
     """Runs that may wait."""
     stop_grace_s: float = 5.0
     """Time that a process gets to checkpoint after it was told to stop."""
+    max_attempts: int = 16
+    """Processes of one run until which one that a kernel took down is followed by another without being asked."""
     look_every_s: float = 0.2
     """Time between two looks at the folders of the runs."""
 
@@ -172,20 +175,24 @@ class Orchestrator:
             )
         if boundary is not None:
             check_boundary(self.store.run_dir(run_id), boundary)
-        record = seen.record
-        record = replace(
-            record,
-            attempt=record.attempt + 1,
-            process=None,
-            verdict=None,
-            error="",
-            resume_boundary=boundary,
-            update_time=self._clock(),
-        )
-        self.store.update(record)
         self._quiet.discard(run_id)
+        return self._again(seen.record, boundary)
+
+    def _again(self, record: RunRecord, boundary: int | None = None) -> View:
+        """Have another process go on from the last checkpoint, or from that of a boundary."""
+        self.store.update(
+            replace(
+                record,
+                attempt=record.attempt + 1,
+                process=None,
+                verdict=None,
+                error="",
+                resume_boundary=boundary,
+                update_time=self._clock(),
+            )
+        )
         self._wake()
-        return self.store.view(run_id)
+        return self.store.view(record.id)
 
     async def stop(self, run_id: str) -> View:
         """End a run for good; returns once its process is gone.
@@ -304,7 +311,11 @@ class Orchestrator:
         if seen.state in SETTLED or record.id in self._stopping:
             return seen
         at = f"step {seen.progress.step}" if seen.progress else "its start"
-        _log.warning("training process gone", run_id=record.id, at=at)
+        why = ended_by_kernel(self.store.run_dir(record.id).path)
+        _log.warning("training process gone", run_id=record.id, at=at, why=why)
+        if why and record.attempt < self._limits.max_attempts:
+            # The next process does without that kernel: it can not end in the same way.
+            return self._again(record)
         return self._settle(
             record,
             RunState.INTERRUPTED,

@@ -21,6 +21,7 @@ from esper.kasmina.newborn import MARK
 from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 from esper.tolaria.attach import Attached
+from esper.tolaria.blackbox import BlackBox
 from esper.tolaria.core import SeedProgress
 from esper.tolaria.flops import TRAINING_FACTOR, forward_flops
 from esper.tolaria.growing import BoundaryOutcome, Network
@@ -57,6 +58,7 @@ class SeededNetwork(Network):
         plane: the door to the mesh; None to train without one.
         sample: a training batch's inputs, to learn the sites from.
         total_steps: optimizer steps of the whole run.
+        folder: of the run, for what must outlive a process that a kernel takes down; None keeps nothing.
     """
 
     grows = True
@@ -70,6 +72,7 @@ class SeededNetwork(Network):
         plane: ControlPlane | None,
         sample: Tensor,
         total_steps: int,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(config)
         self._launch = launch
@@ -102,8 +105,21 @@ class SeededNetwork(Network):
                 probation_boundaries=growth.probation_boundaries,
                 price_per_million_parameters=growth.price_per_million_parameters,
                 watch_steps=growth.watch_steps,
+                hang_timeout_s=config.guard.kernel_hang_s,
+                abort_on_hang=folder is not None,
             ),
         )
+        self._box = None if folder is None else BlackBox(folder)
+        self._circuits: dict[str, Any] = {}
+        if self._box is not None:
+            self._circuits = self._box.open()
+            self.growth.life.breakers.replace(self._circuits)
+            self.growth.faults.on_breakers = self._keep
+            self.growth.faults.watchdog.stream = self._box.stacks
+
+    def _keep(self, circuits: dict[str, Any], ending: bool) -> None:  # the runtime's hook
+        assert self._box is not None
+        self._box.keep(circuits, ending=ending)
 
     # What the trainer asks at every step
 
@@ -307,7 +323,8 @@ class SeededNetwork(Network):
         # What the library says now, revocations included, is better than what it said when the run began.
         self._trust = self._trust if self._trust.keys else Trust.from_document(state["trust"])
         self._isolation_flops = state["isolation_flops"]
-        self.growth.load_state_dict(state["growth"], kernels=self._kernel_from(bundles))
+        kernels = self._kernel_from(bundles)
+        self.growth.load_state_dict(state["growth"], kernels=kernels, breakers=self._circuits)
         super().load_state_dict(state, bundles)
 
     def host_state(self) -> dict[str, Tensor]:
@@ -354,6 +371,8 @@ class SeededNetwork(Network):
     def close(self) -> None:
         """See `Network`."""
         self.growth.close()
+        if self._box is not None:
+            self._box.close()
 
 
 def _newborn_steps(record: Mapping[str, Any], now: int) -> int:

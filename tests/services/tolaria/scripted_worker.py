@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from esper.kasmina.cache import DiskStore
 from esper.kasmina.control import (
@@ -19,17 +23,21 @@ from esper.kasmina.control import (
     RunHello,
     Stage,
 )
+from esper.kasmina.kernels.attempt import portable_gradients
 from esper.kasmina.kernels.load import load_candidate
 from esper.kasmina.local import LocalPlane
 from esper.tolaria.rundir import RunDir
 from esper.tolaria.worker import Launch, Session
+
+if TYPE_CHECKING:
+    from esper.kasmina.kernels.kernel import Kernel
 
 
 class ScriptedPlane(LocalPlane):
     """Follows a plan.
 
     Keys: kernel_id, site, germinate and cull (boundaries), fossilize (bool), silent (boundaries), hold (the boundary at
-    which it thinks for ever).
+    which it thinks for ever), hang (calls after which the kernel's compiled code does not come back).
     """
 
     def __init__(self, plan: dict[str, Any], cache_dir: str) -> None:
@@ -38,6 +46,8 @@ class ScriptedPlane(LocalPlane):
             fetched = DiskStore(Path(cache_dir), 1 << 30).read(plan["kernel_id"])
             assert fetched is not None
             kernels[plan["kernel_id"]] = load_candidate(fetched.bundle, plan["kernel_id"])
+            if plan.get("hang"):
+                _compile(kernels[plan["kernel_id"]], plan["hang"])
         super().__init__(kernels, self.decide)
         self.plan = plan
 
@@ -95,6 +105,23 @@ class ScriptedPlane(LocalPlane):
             explanation=f"the script asks to {action}",
             to_stage=to,
         )
+
+
+def _compile(kernel: Kernel, calls: int) -> None:
+    """Give a kernel stand-ins for compiled code that hang, as that of torch does, with the interpreter's lock held."""
+    left = itertools.count(calls, -1)
+
+    def forward(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        if next(left) == 0:
+            ctypes.PyDLL(None).sleep(600)
+        with torch.no_grad():
+            return kernel.portable(x, *parameters)
+
+    def backward(grad: torch.Tensor, *saved: torch.Tensor) -> list[torch.Tensor | None]:
+        return portable_gradients(kernel.portable, grad, saved, [True] * len(saved))
+
+    kernel.compiled = kernel._native = (forward, backward)
+    kernel.device_type = "cpu"
 
 
 def connect(run_dir: RunDir):
