@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Source = Mapping[str, KernelLike] | Callable[[str], KernelLike | None] | None
 
-__all__ = ["load", "save"]
+__all__ = ["clear", "load", "save"]
 
 FORMAT = 2
 
@@ -101,7 +101,7 @@ def load(
     circuits = growth.life.breakers
     # What failed after the checkpoint was taken has failed all the same.
     circuits.replace(state.get("breakers", {}), circuits.document(), breakers)
-    _clear(growth)
+    clear(growth)
     growth.run_id, growth.steps, growth.boundaries = state["run_id"], state["step"], state["boundary"]
     growth.elapsed_s = state["seconds"]
     growth.restart_clock(time.monotonic())
@@ -166,7 +166,7 @@ def _obtain(growth: Growth, kernel_id: str, site: Site, source: Source) -> Kerne
     )
 
 
-def _clear(growth: Growth) -> None:
+def clear(growth: Growth) -> None:
     life = growth.life
     for run in life.runs.values():
         life.take_out(run)

@@ -58,22 +58,19 @@ TOOLS = {
     "accumulation, told of each pass": Tool(update=accumulated_and_told, options=CAREFUL),
     "checkpoint inside": Tool(make=checkpointed(reentrant=False, whole=False), options=CAREFUL),
     "checkpoint around": Tool(make=checkpointed(reentrant=False, whole=True), options=CAREFUL),
-    "reentrant checkpoint inside": Tool(make=checkpointed(reentrant=True, whole=False), options=CAREFUL),
+    "reentrant checkpoint inside": Tool(make=checkpointed(reentrant=True, whole=False)),
     "reentrant checkpoint around": Tool(make=checkpointed(reentrant=True, whole=True), options=CAREFUL),
     "closure": Tool(update=closure, options=CAREFUL),
     "nesterov, foreach": Tool(lambda p: torch.optim.SGD(p, 0.05, 0.9, nesterov=True, weight_decay=1e-3, foreach=True)),
-    "sgd, fused": Tool(lambda p: torch.optim.SGD(p, 0.05, 0.9, fused=True)),
     "adam": Tool(_adam(torch.optim.Adam)),
     "adamw, foreach": Tool(_adam(foreach=True)),
     "adamw, fused, amsgrad": Tool(_adam(fused=True, amsgrad=True)),
     "adamw, rate as a tensor": Tool(lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), foreach=False)),
     "rmsprop": Tool(_adam(torch.optim.RMSprop, momentum=0.5, centered=True)),
     "adagrad": Tool(_adam(torch.optim.Adagrad, 0.05)),
-    "nadam": Tool(_adam(torch.optim.NAdam)),
     "adafactor": Tool(_adam(torch.optim.Adafactor, 0.05)),
     "lion": Tool(_adam(Lion, 3e-3, weight_decay=0.01)),
     "groups with options": Tool(_groups),
-    "closure and lion": Tool(_adam(Lion, 3e-3), closure),
     "one cycle": Tool(scheduler=lambda o: schedules.OneCycleLR(o, max_lr=0.1, total_steps=400)),
     "cosine": Tool(_adam(), scheduler=lambda o: schedules.CosineAnnealingLR(o, 400)),
     "plateau": Tool(scheduler=lambda o: schedules.ReduceLROnPlateau(o, patience=20)),
@@ -85,6 +82,7 @@ TOOLS = {
     ),
 }
 ISOLATED = [name for name, tool in TOOLS.items() if tool.options == CAREFUL]
+"""Tools that come between a seed in isolation and what it learns from."""
 
 
 def _same(a: Any, b: Any, where: str = "") -> None:

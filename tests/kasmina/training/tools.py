@@ -119,11 +119,11 @@ def autocast(dtype: torch.dtype) -> Callable[[ToolRun, Tensor, Tensor], Tensor]:
 
 
 def accumulated(run: ToolRun, x: Tensor, y: Tensor) -> Tensor:
-    """Four backward passes to a step."""
+    """Two backward passes to a step."""
     run.optimizer.zero_grad()
     losses = []
-    for a, b in zip(x.split(2), y.split(2), strict=True):
-        loss = loss_of(run, a, b) / 4
+    for a, b in zip(x.split(4), y.split(4), strict=True):
+        loss = loss_of(run, a, b) / 2
         loss.backward()
         losses.append(loss.detach())
     run.optimizer.step()
@@ -133,10 +133,10 @@ def accumulated(run: ToolRun, x: Tensor, y: Tensor) -> Tensor:
 def accumulated_and_told(run: ToolRun, x: Tensor, y: Tensor) -> Tensor:
     """Likewise, in a loop that tells growth of every backward pass; of the last one the run itself does."""
     run.optimizer.zero_grad()
-    for i, (a, b) in enumerate(zip(x.split(2), y.split(2), strict=True)):
+    for i, (a, b) in enumerate(zip(x.split(4), y.split(4), strict=True)):
         loss = loss_of(run, a, b)
-        (loss / 4).backward()
-        if run.wrapped and i < 3:
+        (loss / 2).backward()
+        if run.wrapped and not i:
             run.growth.step(loss)
     run.optimizer.step()
     return loss
