@@ -23,6 +23,8 @@ from esper.kasmina._measure import Measurer
 from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina._probes import ProbeReader
+from esper.kasmina._steps import StepWatch
+from esper.kasmina._structure import Structure
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina._watchdog import Watchdog
 from esper.kasmina.blending import Blend
@@ -84,6 +86,8 @@ PARTS: tuple[type, ...] = (
     ProbeReader,
     SeedLayout,
     SpikeDetector,
+    StepWatch,
+    Structure,
     Watchdog,
     Worker,
 )

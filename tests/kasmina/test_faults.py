@@ -243,8 +243,9 @@ def test_a_gradient_that_the_host_itself_spoils_is_not_the_kernels_fault() -> No
     guard = trial.seed.guard
     guard.suspect = 1
     trial.growth.life.watch.detector.disarm()
-    trial.growth.step(1.0)
-    trial.growth.step(float("nan"))
+    for loss in (1.0, float("nan")):
+        trial.optimizer.step()
+        trial.growth.step(loss)
     assert "kernel_fault" not in [kind for kind, _ in trial.plane.events]
     assert 0 == guard.suspect
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from esper.kasmina._quiet import harmless
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -35,7 +37,7 @@ class StepWatch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._handle = optimizer.register_step_post_hook(self._stepped)
+        self._handle = optimizer.register_step_post_hook(harmless(self._stepped))
         self._done = False
         self.seen = False
         """True once a step was seen."""

@@ -148,17 +148,17 @@ class Growth:
         Args:
             loss: training loss of this step, any shape, as the loop has it; it is detached and not waited for.
         """
-        done = self._stepped.take()
-        self.steps += done
-        if self.observation.pending:
-            self._guard("discovery", self.observation.settle)
         try:
-            self._after_step(loss, done)
+            self._after_step(loss)
         except Exception:  # noqa: BLE001  # as in _guard; written out because it runs on every step
             self.counters["failed_step"] += 1
             _log.exception("growth failed", where="step")
 
-    def _after_step(self, loss: Tensor | float | None, done: bool) -> None:
+    def _after_step(self, loss: Tensor | float | None) -> None:
+        done = self._stepped.take()
+        self.steps += done
+        if self.observation.pending:
+            self._guard("discovery", self.observation.settle)
         if loss is not None:
             loss = scalar(loss)
             self.losses.push(loss, not done if self._stepped.doubt is None else self._stepped.doubt)
