@@ -22,7 +22,7 @@ from esper.kasmina.attach import SeedModule
 from esper.kasmina.blueprints import Birth, get
 from esper.kasmina.control import Action, BlendStrategy, Decision, KernelChoice, SiteKind, Stage
 from esper.kasmina.growth import Growth, wrap
-from esper.kasmina.kernels import Kernel, Tier, kernel_id_of, load_candidate
+from esper.kasmina.kernels import Compiled, Kernel, Tier, kernel_id_of, load_candidate
 from esper.kasmina.kernels.attempt import portable_gradients
 from esper.kasmina.kernels.build import build
 from esper.kasmina.signature import Layout, Signature
@@ -67,17 +67,20 @@ def compiled(
         saved = (x, *parameters)
         return portable_gradients(sound, grad, saved, [True] * len(saved))
 
-    return _kernel(Birth.ZERO, sound, (forward(run), backward(differentiate)))
+    ahead, back = forward(run), backward(differentiate)
+    every = tuple(range(1 + len(_loaded(Birth.ZERO).parameter_names)))
+    code = Compiled(lambda inputs: ahead(*inputs), lambda taken: back(*taken), every)
+    return _kernel(Birth.ZERO, sound, code)
 
 
-def _kernel(birth: Birth, graph: Function, code: tuple[Function, Function] | None) -> Kernel:
+def _kernel(birth: Birth, graph: Function, code: Compiled | None) -> Kernel:
     like = _loaded(birth)
     kernel = Kernel(
         kernel_id=like.id,
         manifest=like.manifest,
         plan=like.plan,
         parameters=dict(like.instantiate().named_parameters()),
-        portable=graph,
+        exported=graph,
         compiled=code,
         nbytes=like.nbytes,
     )

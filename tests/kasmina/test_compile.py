@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from esper.kasmina.blueprints import get
 from esper.kasmina.control import Action, BlendStrategy, Stage
-from esper.kasmina.kernels import Tier, kernel_id_of, load_candidate
+from esper.kasmina.kernels import Compiled, Tier, kernel_id_of, load_candidate
 from esper.kasmina.kernels.build import build, limitations
 from esper.kasmina.kernels.kernel import Kernel
 from tests.kasmina.hosts import TinyKernel, choice, mlp
@@ -252,7 +252,7 @@ def test_isolation_sees_the_same_compiled_or_not(compiler: Compiler) -> None:
 
 
 def test_a_kernel_in_a_compiled_host(compiler: Compiler) -> None:
-    """There a kernel's portable graph becomes a part of the host's: its compiled functions could not be looked into."""
+    """There a blueprint becomes a part of the host's graph: compiled functions could not be looked into."""
     run = CompiledRun(compiler)
     run.steps()
     run.boundary()
@@ -274,25 +274,28 @@ def test_a_kernel_in_a_compiled_host(compiler: Compiler) -> None:
 
 def _opaque(kernel: Kernel) -> Kernel:
     """The kernel with compiled functions that dynamo can not trace, in place of machine code."""
-
-    @torch._dynamo.disable
-    def forward(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return kernel.portable(x, *parameters).detach()
-
-    @torch._dynamo.disable
-    def backward(grad: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        wanted = [t.detach().requires_grad_() for t in (x, *parameters)]
-        with torch.enable_grad():
-            return torch.autograd.grad(kernel.portable(*wanted), wanted, grad)
-
     values = {name: p.detach() for name, p in kernel.instantiate().named_parameters()}
+
+    def delta(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(kernel.instantiate(), dict(zip(values, parameters, strict=True)), (x,))
+
+    @torch._dynamo.disable
+    def forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [delta(*inputs).detach()]
+
+    @torch._dynamo.disable
+    def backward(taken: list[torch.Tensor]) -> list[torch.Tensor]:
+        grad, *inputs = taken
+        wanted = [t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            return list(torch.autograd.grad(delta(*wanted), wanted, grad))
+
     return Kernel(
         kernel_id=kernel.id,
         manifest=kernel.manifest,
         plan=kernel.plan,
         parameters=values,
-        portable=kernel.portable,
-        compiled=(forward, backward),
+        compiled=Compiled(forward, backward, tuple(range(1 + len(values)))),
         nbytes=kernel.nbytes,
     )
 

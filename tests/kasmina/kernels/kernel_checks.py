@@ -17,7 +17,7 @@ def shapes_of(layout, width):
     return {
         "vector": [(1, width), (2, width), (37, width), (64, width)],
         "sequence": [(1, 1, width), (2, 9, width), (9, 2, width), (3, 3, width)],
-        "image": [(1, width, 1, 1), (2, width, 5, 3), (3, width, 3, 3), (5, width, 1, 8)],
+        "image": [(1, width, 1, 1), (2, width, 5, 3), (3, width, 3, 3), (5, width, 1, 8), (2, width, 16, 21)],
     }[layout.value]
 
 

@@ -8,6 +8,8 @@ import torch
 from esper.kasmina.blueprints import Birth, get
 from esper.kasmina.kernels import Target, Tier, kernel_id_of, load_candidate, unpack
 from esper.kasmina.kernels.build import build, compiler, limitations
+from esper.kasmina.kernels.compiling import compile_program
+from esper.kasmina.kernels.tracing import export_forward
 from esper.kasmina.signature import Layout, Signature
 from esper.mesh.errors import Conflict, InternalError, InvalidInput
 from tests.kasmina.kernels.kernel_checks import assert_same_mathematics, shapes_of
@@ -89,6 +91,20 @@ def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
     with pytest.raises(InternalError, match="cannot find -lc10") as caught:
         build(get("low_rank"), VECTOR, Tier.STANDARD)
     assert caught.value.reason == "COMPILER_FAILED"
+
+
+def test_code_that_was_made_for_one_extent_is_no_kernel(monkeypatch):
+    """What the compiler takes for constant would be read and written beyond smaller inputs: the build fails instead."""
+    from torch import _inductor
+
+    def settle(program, **_):
+        x = next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"]
+        assert int(x.shape[0]) > 0
+
+    monkeypatch.setattr(_inductor, "aoti_compile_and_package", settle)
+    program = export_forward(get("low_rank").check(VECTOR))
+    with pytest.raises(InternalError, match="the compiler made dimension 0 of x constant"):
+        compile_program(program, Target.here(), {})
 
 
 STANDARD = [

@@ -106,8 +106,9 @@ def test_other_files_are_no_bundles(data):
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("format", 9, "expected format 1"),
-        ("tier", "aggressive", "aggressive"),
+        ("format", 1, "expected format 2, found 1: have it built again"),
+        ("tier", "reckless", "reckless"),
+        ("tier", "aggressive", "member forward.aoti.pt2 is missing"),
         ("signature", "cube:1->1:float32", "manifest is malformed"),
         ("toolchain", 3, "no kernel bundle"),
     ],

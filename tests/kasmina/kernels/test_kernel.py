@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from esper.kasmina.blueprints import Birth, catalogue, get
-from esper.kasmina.kernels import Kernel, Target, Tier
+from esper.kasmina.kernels import Compiled, Kernel, Target, Tier, kernel_id_of, load_exported
+from esper.kasmina.kernels.build import build
+from esper.kasmina.kernels.pace import Pace, Shape
 from esper.kasmina.signature import Layout, Signature
-from esper.mesh.errors import InvalidInput
+from esper.mesh.errors import Conflict, InvalidInput
 from tests.kasmina.kernels.kernel_checks import assert_same_mathematics, kernel_of, shapes_of
 
 CASES = [(b, layout) for b in catalogue() for layout in b.layouts]
@@ -19,7 +21,8 @@ CASES = [(b, layout) for b in catalogue() for layout in b.layouts]
 @pytest.mark.parametrize(("blueprint", "layout"), CASES, ids=[f"{b.name}-{x.value}" for b, x in CASES])
 def test_portable_kernels_compute_what_the_blueprint_says(blueprint, layout):
     """Output and gradients of the exported graph equal the eager module's for free batch and extents."""
-    kernel = kernel_of(blueprint.with_birth(Birth.RANDOM), Signature(layout, 8, 12))
+    bundle = build(blueprint.with_birth(Birth.RANDOM), Signature(layout, 8, 12), Tier.PORTABLE)
+    kernel = load_exported(bundle, kernel_id_of(bundle))
     for shape in shapes_of(layout, 8):
         assert_same_mathematics(kernel.instantiate(), torch.randn(shape), 1e-6)
 
@@ -76,26 +79,92 @@ def test_every_instance_owns_its_parameters(kernel):
 
 
 def test_compiled_code_is_for_its_own_kind_of_device(kernel):
-    """Tensors that live elsewhere than the compiled code reads run the portable graph; a kernel may serve both."""
+    """Tensors that live elsewhere than the compiled code reads run plain torch; a kernel may serve both."""
     called = []
 
-    def forward(x, *parameters):
-        called.append(x.device.type)
-        return x.new_zeros(x.shape)
+    def forward(inputs):
+        called.append(inputs[0].device.type)
+        return [inputs[0].new_zeros(inputs[0].shape)]
 
-    compiled = Kernel(
-        kernel_id=kernel.id,
-        manifest=replace(kernel.manifest, tier=Tier.STANDARD, target=str(Target.here())),
-        plan=kernel.plan,
-        parameters=dict(kernel.instantiate().named_parameters()),
-        portable=kernel.portable,
-        compiled=(forward, forward),
-        nbytes=0,
-    )
+    compiled = compiled_as(kernel, Compiled(forward, forward, ()))
     assert (3, 8) == compiled.instantiate("meta")(torch.zeros(3, 8, device="meta")).shape
     assert [] == called
     compiled.instantiate()(torch.zeros(3, 8))
     assert ["cpu"] == called
+
+
+def compiled_as(kernel, compiled):
+    """The kernel with these functions as its compiled ones."""
+    return Kernel(
+        kernel_id=kernel.id,
+        manifest=replace(kernel.manifest, tier=Tier.STANDARD, target=str(Target.here())),
+        plan=kernel.plan,
+        parameters=dict(kernel.instantiate().named_parameters()),
+        compiled=compiled,
+        nbytes=0,
+    )
+
+
+def marking(called):
+    """Functions that say that they were called; what they give is a third of the right thing."""
+
+    def forward(inputs):
+        called.append("forward")
+        return [inputs[0] / 3]
+
+    def backward(taken):
+        called.append("backward")
+        return [taken[0] / 3, *(torch.zeros_like(p) for p in taken[1:])]
+
+    return forward, backward
+
+
+def test_compiled_code_runs_where_it_was_measured_to_be_fast(kernel):
+    """Each input takes the path that was faster at the nearest measured shape, training and inference apart."""
+    called = []
+    pace = Pace([Shape(8, step=1.2, forward=0.9), Shape(256, step=0.8, forward=1.3)])
+    module = compiled_as(kernel, Compiled(*marking(called), tuple(range(1, 7)), pace)).instantiate()
+    plain = kernel.instantiate()
+    for rows, training, expected in (
+        (4, True, []),
+        (4, False, ["forward"]),
+        (200, True, ["forward", "backward"]),
+        (200, False, []),
+    ):
+        called.clear()
+        x = torch.randn(rows, 8)
+        with torch.set_grad_enabled(training):
+            y = module(x)
+            if training:
+                y.sum().backward()
+        assert expected == called, (rows, training)
+        if not expected:
+            assert torch.equal(plain(x), y)
+
+
+def test_frozen_modules_infer(kernel):
+    """Where nothing wants a gradient the forward alone is asked for, and no graph is kept."""
+    called = []
+    module = compiled_as(kernel, Compiled(*marking(called), ())).instantiate().requires_grad_(requires_grad=False)
+    assert not module(torch.randn(2, 8)).requires_grad
+    assert ["forward"] == called
+
+
+def test_another_kernel_of_the_blueprint_takes_over(kernel):
+    """Parameters stay the objects that they are; a kernel of anything else is refused."""
+    called = []
+    module = kernel.instantiate()
+    parameters = list(module.parameters())
+    module.use(compiled_as(kernel, Compiled(*marking(called), tuple(range(1, 7)))))
+    module(torch.randn(3, 8)).sum().backward()
+    assert ["forward", "backward"] == called
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    for other in (
+        kernel_of(get("bottleneck_mlp"), Signature(Layout.VECTOR, 8, 8)),
+        kernel_of(get("bottleneck_mlp").with_birth(Birth.RANDOM), Signature(Layout.VECTOR, 8, 9)),
+    ):
+        with pytest.raises(Conflict, match="expected one of blueprint"):
+            module.use(other)
 
 
 def test_a_seed_draws_other_initial_parameters(kernel):

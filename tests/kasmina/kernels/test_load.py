@@ -120,13 +120,13 @@ def test_a_blueprint_that_is_wrong_makes_the_kernel_corrupt(portable_bundle):
         load_candidate(wrong, kernel_id_of(wrong))
 
 
-def test_a_kernel_for_another_machine_runs_its_portable_graph_and_says_so_once(portable_bundle, capfd):
-    """Compiled code of a foreign target is not even opened; training goes on with the graph beside it."""
+def test_a_kernel_for_another_machine_runs_in_plain_torch_and_says_so_once(portable_bundle, capfd):
+    """Compiled code of a foreign target is not even opened; training goes on with the blueprint."""
     foreign = repacked_standard(portable_bundle, target="cpu/riscv64/default/torch-2.13")
     kernels = [load_candidate(foreign, kernel_id_of(foreign)) for _ in range(3)]
     assert {Tier.PORTABLE} == {kernel.running_tier for kernel in kernels}
     assert {Tier.STANDARD} == {kernel.manifest.tier for kernel in kernels}
-    assert 1 == capfd.readouterr().err.count("kernel runs its portable graph")
+    assert 1 == capfd.readouterr().err.count("kernel runs in plain torch")
     x = torch.randn(4, 8)
     same = load_candidate(portable_bundle, kernel_id_of(portable_bundle)).instantiate()(x)
     assert torch.equal(same, kernels[0].instantiate()(x))

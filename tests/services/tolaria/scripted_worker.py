@@ -24,6 +24,7 @@ from esper.kasmina.control import (
     Stage,
 )
 from esper.kasmina.kernels.attempt import portable_gradients
+from esper.kasmina.kernels import Compiled
 from esper.kasmina.kernels.load import load_candidate
 from esper.kasmina.local import LocalPlane
 from esper.tolaria.rundir import RunDir
@@ -111,16 +112,17 @@ def _compile(kernel: Kernel, calls: int) -> None:
     """Give a kernel stand-ins for compiled code that hang, as that of torch does, with the interpreter's lock held."""
     left = itertools.count(calls, -1)
 
-    def forward(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         if next(left) == 0:
             ctypes.PyDLL(None).sleep(600)
         with torch.no_grad():
-            return kernel.portable(x, *parameters)
+            return [kernel.portable(*inputs)]
 
-    def backward(grad: torch.Tensor, *saved: torch.Tensor) -> list[torch.Tensor | None]:
-        return portable_gradients(kernel.portable, grad, saved, [True] * len(saved))
+    def backward(taken: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        grad, *inputs = taken
+        return portable_gradients(kernel.portable, grad, inputs, [True] * len(inputs))
 
-    kernel.compiled = kernel._native = (forward, backward)
+    kernel.compiled = kernel._native = Compiled(forward, backward, tuple(range(1 + len(kernel.parameter_names))))
     kernel.device_type = "cpu"
 
 

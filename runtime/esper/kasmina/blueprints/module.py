@@ -9,6 +9,7 @@ eval. Shapes: vector (N, C), sequence (N, T, C), image (N, C, H, W), C being ``i
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "ParameterGroup",
     "in_order",
     "initial_parameters",
+    "interpret",
     "register",
     "torch_dtype",
 ]
@@ -93,13 +95,24 @@ class BlueprintModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``delta(x)``; the extents of `x` other than its features are kept."""
-        values, layout = {INPUT: in_order(x)}, self.plan.signature.layout
-        for n in self.plan.nodes:
-            group = self._modules.get(n.name)
-            held = {} if group is None else group._parameters  # noqa: SLF001  # keeps its order and its None
-            inputs = [values[name] for name in n.inputs]
-            values[n.name] = FUNCTIONS[n.op](Call(n, layout, inputs, held.get("weight"), held.get("bias")))
-        return values[self.plan.nodes[-1].name]
+        held = {name: group._parameters for name, group in self._modules.items() if group is not None}  # noqa: SLF001  # keeps its order and its None
+        return interpret(self.plan, held, x)
+
+
+def interpret(plan: Plan, parameters: Mapping[str, Mapping[str, Tensor | None]], x: Tensor) -> Tensor:
+    """``delta(x)`` of a plan, node by node.
+
+    Args:
+        plan: what to compute.
+        parameters: by the name of their node, and then by their own.
+        x: the input.
+    """
+    values, layout = {INPUT: in_order(x)}, plan.signature.layout
+    for n in plan.nodes:
+        held = parameters.get(n.name, _NONE)
+        inputs = [values[name] for name in n.inputs]
+        values[n.name] = FUNCTIONS[n.op](Call(n, layout, inputs, held.get("weight"), held.get("bias")))
+    return values[plan.nodes[-1].name]
 
 
 def in_order(x: Tensor) -> Tensor:
@@ -110,6 +123,9 @@ def in_order(x: Tensor) -> Tensor:
     """
     # Asked first, so that traces of ordered inputs hold no copy.
     return x if x.is_contiguous() else x.contiguous()
+
+
+_NONE: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
 class Call(NamedTuple):

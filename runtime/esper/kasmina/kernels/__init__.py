@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from esper.kasmina.kernels.bundle import Bundle, Manifest, TensorSpec, Tier, kernel_id_of, unpack
-    from esper.kasmina.kernels.kernel import Kernel, KernelModule
-    from esper.kasmina.kernels.load import load_candidate, load_kernel
+    from esper.kasmina.kernels.bundle import Bundle, Manifest, TensorSpec, Tier, Trial, kernel_id_of, unpack
+    from esper.kasmina.kernels.kernel import Compiled, Kernel, KernelModule
+    from esper.kasmina.kernels.load import load_candidate, load_exported, load_kernel
     from esper.kasmina.kernels.rejection import KernelCorrupt, KernelRejected, KernelUnfit, KernelUntrusted
     from esper.kasmina.kernels.signing import (
         CheckResult,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Bundle",
     "CheckResult",
+    "Compiled",
     "Figure",
     "Kernel",
     "KernelCorrupt",
@@ -43,17 +44,19 @@ __all__ = [
     "Target",
     "TensorSpec",
     "Tier",
+    "Trial",
     "TrustStore",
     "kernel_id_of",
     "load_candidate",
+    "load_exported",
     "load_kernel",
     "unpack",
 ]
 
 _HOMES = {
-    "bundle": ("Bundle", "Manifest", "TensorSpec", "Tier", "kernel_id_of", "unpack"),
-    "kernel": ("Kernel", "KernelModule"),
-    "load": ("load_candidate", "load_kernel"),
+    "bundle": ("Bundle", "Manifest", "TensorSpec", "Tier", "Trial", "kernel_id_of", "unpack"),
+    "kernel": ("Compiled", "Kernel", "KernelModule"),
+    "load": ("load_candidate", "load_exported", "load_kernel"),
     "rejection": ("KernelCorrupt", "KernelRejected", "KernelUnfit", "KernelUntrusted"),
     "signing": ("CheckResult", "Figure", "PublicKey", "SignedVerdict", "SigningKey", "Statement", "TrustStore"),
     "target": ("Target",),

@@ -1,4 +1,4 @@
-"""Calls compiled code as if it might fail, and computes by the portable graph what it failed to give."""
+"""Calls compiled code as if it might fail, and computes by the portable form what it failed to give."""
 
 from __future__ import annotations
 
@@ -31,21 +31,24 @@ class Form(NamedTuple):
         return f"{self.shape} of {str(self.dtype).removeprefix('torch.')} on {self.device}"
 
 
-def attempted(call: Callable[[], Sequence[Any]], forms: Sequence[Form | None]) -> tuple[list[Any], str]:
+def attempted(
+    call: Callable[[], Sequence[Any]], forms: Sequence[Form | None], *, more: bool = False
+) -> tuple[list[Any], str]:
     """What a call of compiled code gives, or one sentence of why that cannot be used.
 
     Args:
         call: the code.
         forms: of each tensor that it must give; None for one that nobody looks at.
+        more: whether it may give more of them.
     """
     try:
         given: Any = call()
-    except Exception as error:  # noqa: BLE001  # whatever native code raises, the portable graph can answer
+    except Exception as error:  # noqa: BLE001  # whatever native code raises, the portable form can answer
         return [], f"raised {type(error).__name__}: {error!s:.300}"
     found = list(given) if isinstance(given, list | tuple) else [given]
-    if len(found) != len(forms):
+    if len(found) < len(forms) or (len(found) > len(forms) and not more):
         return [], f"gave {len(found)} tensors for {len(forms)}"
-    for value, form in zip(found, forms, strict=True):
+    for value, form in zip(found, forms, strict=False):
         if form is None:
             continue
         given = Form.of(value) if isinstance(value, Tensor) else type(value).__name__
@@ -57,7 +60,7 @@ def attempted(call: Callable[[], Sequence[Any]], forms: Sequence[Form | None]) -
 def portable_gradients(
     portable: Callable[..., Tensor], grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of the portable graph at the inputs that are `wanted`.
+    """Gradients of the portable form at the inputs that are `wanted`.
 
     Args:
         portable: ``f(x, *parameters)``.

@@ -15,12 +15,11 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -40,8 +39,8 @@ from esper.kasmina.kernels.bundle import (
     write_zip,
 )
 from esper.kasmina.kernels.target import Target
-from esper.kasmina.kernels.tracing import export_backward, export_forward, quiet
-from esper.mesh.errors import Conflict, InternalError, InvalidInput
+from esper.kasmina.kernels.tracing import export_forward, quiet
+from esper.mesh.errors import Conflict, InvalidInput
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -64,8 +63,8 @@ def compiler(environ: dict[str, str] | None = None) -> str | None:
 
 def limitations(tier: Tier) -> list[str]:
     """Why this machine cannot build a tier, one sentence each; empty when it can."""
-    if tier is Tier.STANDARD and compiler() is None:
-        return ["tier standard needs a C++ compiler: expected CXX, g++ or clang++ on the PATH, found none"]
+    if tier.compiled and compiler() is None:
+        return [f"tier {tier} needs a C++ compiler: expected CXX, g++ or clang++ on the PATH, found none"]
     return []
 
 
@@ -99,9 +98,9 @@ def build(
     plan = blueprint.check(signature)
     if reasons := limitations(tier):
         raise Conflict("; ".join(reasons), reason="TOOL_MISSING")
-    device = target.device if target is not None and tier is Tier.STANDARD else "cpu"
+    device = target.device if target is not None and tier.compiled else "cpu"
     here = Target.here(device)
-    if tier is Tier.STANDARD and target not in {None, here}:
+    if tier.compiled and target not in {None, here}:
         raise InvalidInput(f"target: expected this machine ({here}), found {target}", reason="TARGET_NOT_HERE")
     progress("exporting")
     values = initial_parameters(plan, seed)
@@ -110,12 +109,18 @@ def build(
         PARAMETERS: safetensors.torch.save(values),
         PORTABLE: _save(export_forward(plan)),
     }
+    manifest = _manifest(plan, tier, here, seed)
     if tier is Tier.STANDARD:
-        forward, backward = export_forward(plan, device), export_backward(plan, device)
+        # Late: these import the compiler, which takes seconds and which portable builds do without.
+        from esper.kasmina.kernels.compiling import compile_program
+        from esper.kasmina.kernels.partition import Cut, export_partitioned
+
+        halves = export_partitioned(plan, device=device)
         progress("compiling")
-        members[FORWARD] = _compile(forward, here)
-        members[BACKWARD] = _compile(backward, here)
-    return pack(_manifest(plan, tier, here, seed), members)
+        members[FORWARD] = compile_program(halves.forward, here, {})
+        members[BACKWARD] = compile_program(halves.backward, here, {})
+        manifest = replace(manifest, variant=Cut.MINIMUM.value, recalled=halves.recalled)
+    return pack(manifest, members)
 
 
 def _manifest(plan: Plan, tier: Tier, here: Target, seed: int) -> Manifest:
@@ -127,7 +132,7 @@ def _manifest(plan: Plan, tier: Tier, here: Target, seed: int) -> Manifest:
         birth=plan.blueprint.birth,
         causal=plan.blueprint.causal,
         tier=tier,
-        target=str(here) if tier is Tier.STANDARD else ANY_TARGET,
+        target=str(here) if tier.compiled else ANY_TARGET,
         parameters=tuple(TensorSpec(spec.name, spec.shape, dtype) for spec in plan.parameter_specs),
         parameter_count=plan.parameters,
         flops_per_position=round(plan.flops),
@@ -138,7 +143,7 @@ def _manifest(plan: Plan, tier: Tier, here: Target, seed: int) -> Manifest:
 
 def _toolchain(tier: Tier) -> dict[str, str]:
     versions = {"esper": version("esper"), "torch": torch.__version__}
-    if tier is Tier.STANDARD and (path := compiler()) is not None:
+    if tier.compiled and (path := compiler()) is not None:
         run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)  # noqa: S603  # the compiler that torch runs too
         versions |= {"compiler": run.stdout.partition("\n")[0][:200], "python": platform.python_version()}
     return versions
@@ -153,26 +158,3 @@ def _save(program: ExportedProgram) -> bytes:
     # torch writes times into the archive; written anew, equal programs have equal bytes.
     with zipfile.ZipFile(buffer) as archive:
         return write_zip({name: archive.read(name) for name in archive.namelist()})
-
-
-def _compile(program: ExportedProgram, here: Target) -> bytes:
-    from torch import _inductor
-
-    configs: dict[str, Any] = {
-        # One process per build is the forge's business; torch's own pool would outlive and escape its limits.
-        "compile_threads": 1,
-        # Otherwise the number of threads of the building process is baked into the kernel.
-        "cpp.dynamic_threads": True,
-    }
-    if here.march is not None:
-        configs["cpp.march"] = here.march
-    with tempfile.TemporaryDirectory(prefix="esper-build-") as folder, quiet():
-        path = str(Path(folder, "kernel.pt2"))
-        try:
-            with _inductor.config.patch(configs):
-                _inductor.aoti_compile_and_package(program, package_path=path)
-        except Exception as error:  # whatever a compiler raises is its finding about this build
-            raise InternalError(
-                f"the compiler failed: {type(error).__name__}: {error}", reason="COMPILER_FAILED"
-            ) from error
-        return Path(path).read_bytes()

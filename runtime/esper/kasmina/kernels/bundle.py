@@ -6,9 +6,10 @@
     blueprint.json          canonical IR of the blueprint
     parameters.safetensors  initial parameters
     portable.pt2            torch.export program of ``f(x, *parameters)``
-    forward.aoti.pt2        AOTInductor package of the same function, for the target    (tier standard)
-    backward.aoti.pt2       AOTInductor package of ``b(grad, x, *parameters)``          (tier standard)
+    forward.aoti.pt2        AOTInductor package, for the target: ``(x, *parameters) -> (delta, *saved)``
+    backward.aoti.pt2       the same: ``(grad, *recalled, *saved) -> (grad_x, *grad_parameters)``
 
+The last two belong to the compiled tiers.
 Members are stored without compression and with a fixed time, so equal members give equal bytes; the kernel's id is the
 SHA-256 of those bytes.
 """
@@ -19,7 +20,7 @@ import hashlib
 import io
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,14 @@ __all__ = [
     "Manifest",
     "TensorSpec",
     "Tier",
+    "Trial",
     "kernel_id_of",
     "pack",
     "unpack",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""1 had compiled functions that shared nothing but their inputs; kernels of that form are built again."""
 MAX_BUNDLE_BYTES = 1 << 30
 ANY_TARGET = "any"
 """Target of a portable kernel."""
@@ -59,12 +62,19 @@ class Tier(StrEnum):
     """Exported graph only."""
     STANDARD = "standard"
     """Ahead-of-time compiled forward and backward for one target, and the exported graph."""
+    AGGRESSIVE = "aggressive"
+    """As `STANDARD`, of several ways to compile the one that was measured to be the fastest on the target."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether such a bundle holds native code."""
+        return self is not Tier.PORTABLE
 
     @property
     def members(self) -> tuple[str, ...]:
         """Names of the members of such a bundle, the manifest excepted."""
         common = (BLUEPRINT, PARAMETERS, PORTABLE)
-        return common if self is Tier.PORTABLE else (*common, FORWARD, BACKWARD)
+        return (*common, FORWARD, BACKWARD) if self.compiled else common
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,19 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One way to compile a kernel, measured by the build on its target."""
+
+    variant: str
+    positions: int
+    """Of the input that was tried: samples, or samples times tokens or pixels."""
+    ratio: float
+    """Time of forward and backward over that of plain torch: median over interleaved pairs."""
+    noise: float
+    """Half the interquartile range of these ratios, as a share of their median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +121,12 @@ class Manifest:
     """Of the initial parameters."""
     toolchain: Mapping[str, str]
     """Versions of what built it."""
+    variant: str = ""
+    """How the compiled functions were made; empty for the portable tier."""
+    recalled: tuple[int, ...] = ()
+    """Which inputs of the compiled forward the backward takes, after the gradient and before what was saved."""
+    trials: tuple[Trial, ...] = ()
+    """What the build measured before it chose, tier aggressive."""
 
     def document(self) -> dict[str, Any]:
         """As JSON types."""
@@ -115,6 +144,9 @@ class Manifest:
             "flops_per_position": self.flops_per_position,
             "seed": self.seed,
             "toolchain": dict(self.toolchain),
+            "variant": self.variant,
+            "recalled": list(self.recalled),
+            "trials": [asdict(trial) for trial in self.trials],
         }
 
     @classmethod
@@ -125,7 +157,7 @@ class Manifest:
             KeyError, TypeError, ValueError, EsperError: it is of another form.
         """
         if document["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {document['format']!r}")
+            raise ValueError(f"expected format {FORMAT}, found {document['format']!r:.20}: have it built again")
         return cls(
             blueprint_id=str(document["blueprint_id"]),
             blueprint_name=str(document["blueprint_name"]),
@@ -142,6 +174,9 @@ class Manifest:
             flops_per_position=int(document["flops_per_position"]),
             seed=int(document["seed"]),
             toolchain={str(key): str(value) for key, value in document["toolchain"].items()},
+            variant=str(document["variant"]),
+            recalled=tuple(int(n) for n in document["recalled"]),
+            trials=tuple(Trial(**trial) for trial in document["trials"]),
         )
 
 

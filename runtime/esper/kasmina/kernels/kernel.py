@@ -3,10 +3,15 @@
 A `Kernel` is immutable and shared by all seeds that use it; `Kernel.instantiate` makes the module that a seed holds.
 Its parameters are plain ``nn.Parameter`` objects under the blueprint's names (``down.weight``), so optimizers,
 ``state_dict`` and ``deepcopy`` see nothing unusual.
+
+What runs is either compiled code or the blueprint in plain torch, whichever was measured to be faster for the input at
+hand (`esper.kasmina.kernels.pace`). Both compute the same function of the same parameters, so a module may be given
+another kernel of its blueprint between two steps (`KernelModule.use`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +19,41 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from esper.kasmina._flight import FLIGHT
-from esper.kasmina.blueprints.module import BlueprintModule, in_order, initial_parameters, register, torch_dtype
+from esper.kasmina.blueprints.module import (
+    BlueprintModule,
+    in_order,
+    initial_parameters,
+    interpret,
+    register,
+    torch_dtype,
+)
 from esper.kasmina.kernels.attempt import Form, attempted, portable_gradients
-from esper.mesh.errors import InvalidInput
+from esper.kasmina.kernels.bundle import Tier
+from esper.mesh.errors import Conflict, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from esper.kasmina.blueprints.plan import Plan
-    from esper.kasmina.kernels.bundle import Manifest, Tier
+    from esper.kasmina.kernels.bundle import Manifest
+    from esper.kasmina.kernels.pace import Pace
     from esper.kasmina.signature import Signature
 
-__all__ = ["Kernel", "KernelModule"]
+__all__ = ["Compiled", "Kernel", "KernelModule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Native code of a kernel; each function empties the list that it is given."""
+
+    forward: Callable[[list[Tensor]], list[Tensor]]
+    """``[x, *parameters] -> [delta, *saved]``."""
+    backward: Callable[[list[Tensor]], list[Tensor]]
+    """``[grad, *recalled, *saved] -> [grad_x, *grad_parameters]``."""
+    recalled: tuple[int, ...]
+    """Positions among the inputs of the forward of those that the backward takes."""
+    pace: Pace | None = None
+    """For which inputs it is to run; None: for all."""
 
 
 class Kernel:
@@ -34,11 +62,12 @@ class Kernel:
     Args:
         kernel_id: digest of its bundle.
         manifest: what it is.
-        plan: its blueprint at its signature.
+        plan: its blueprint at its signature: what runs where no compiled code does.
         parameters: initial values by name.
-        portable: ``f(x, *parameters)``, differentiable by autograd.
-        compiled: the forward and the backward function for the manifest's target, which must be this machine's; for
-            tensors on another kind of device, and where it is None, the portable graph runs instead.
+        compiled: native code for the manifest's target, which must be this machine's; None where there is none, and
+            where it is nowhere faster.
+        exported: ``f(x, *parameters)`` of the bundle's portable graph, to run in place of the plan; None as a rule,
+            since torch takes longer to call it than to run most blueprints.
         nbytes: memory that it holds, for the cache's account.
     """
 
@@ -49,16 +78,16 @@ class Kernel:
         manifest: Manifest,
         plan: Plan,
         parameters: Mapping[str, Tensor],
-        portable: Callable[..., Tensor],
-        compiled: tuple[Callable[..., Tensor], Callable[..., Any]] | None,
+        compiled: Compiled | None = None,
+        exported: Callable[..., Tensor] | None = None,
         nbytes: int,
     ) -> None:
         self.id = kernel_id
         self.manifest = manifest
         self.plan = plan
-        self.portable = portable
         self.compiled = compiled
-        """What runs where its target is; None where the portable graph runs instead."""
+        """What runs where its target is and it is fast; None where the portable form runs for all."""
+        self.exported = exported
         self.fault = ""
         """What the compiled code did wrong when it was last given up; whoever reports it takes it away."""
         self._native = compiled
@@ -79,15 +108,23 @@ class Kernel:
         shape[self.signature.layout.feature_dim] = self.signature.out_features
         return Form(tuple(shape), x.dtype, x.device)
 
+    def portable(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """``f(x, *parameters)`` without compiled code, differentiable by autograd."""
+        if self.exported is not None:
+            return self.exported(in_order(x), *parameters)
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in zip(self.parameter_names, parameters, strict=True):
+            group, leaf = name.rsplit(".", 1)
+            groups.setdefault(group, {})[leaf] = value
+        return interpret(self.plan, groups, x)
+
     @property
     def running_tier(self) -> Tier:
-        """The tier that runs here: portable where the compiled functions are for another machine."""
-        from esper.kasmina.kernels.bundle import Tier
-
-        return Tier.PORTABLE if self.compiled is None else Tier.STANDARD
+        """The tier that runs here: portable where no compiled code does."""
+        return Tier.PORTABLE if self.compiled is None else self.manifest.tier
 
     def fall_back(self, why: str = "") -> bool:
-        """Run the portable graph from now on, with the same parameters; False where it runs already.
+        """Run the portable form from now on, with the same parameters; False where it runs already.
 
         Args:
             why: what the compiled code did wrong, where nobody knows yet.
@@ -138,6 +175,26 @@ class KernelModule(nn.Module):
         self._rank = kernel.signature.layout.rank
         self._feature_dim = kernel.signature.layout.feature_dim
 
+    def use(self, kernel: Kernel) -> None:
+        """Compute by another kernel from the next call on; parameters, and what an optimizer knows of them, stay.
+
+        Raises:
+            Conflict: it is of another blueprint or signature, so that it would compute something else; reason
+                KERNEL_DIFFERS.
+        """
+        ours, theirs = self.kernel.manifest, kernel.manifest
+        if (ours.blueprint_id, ours.signature, ours.parameters) != (
+            theirs.blueprint_id,
+            theirs.signature,
+            theirs.parameters,
+        ):
+            raise Conflict(
+                f"kernel {kernel.id[:19]}: expected one of blueprint {ours.blueprint_id[:19]} for {ours.signature}, "
+                f"found one of {theirs.blueprint_id[:19]} for {theirs.signature}",
+                reason="KERNEL_DIFFERS",
+            )
+        self.kernel = kernel
+
     def forward(self, x: Tensor) -> Tensor:
         """``delta(x)``.
 
@@ -148,24 +205,44 @@ class KernelModule(nn.Module):
         if x.dim() != self._rank or x.shape[self._feature_dim] != signature.in_features or not x.is_floating_point():
             found = f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
             raise InvalidInput(f"kernel {self.kernel.id[:19]}: expected an input for {signature}, found {found}")
-        held = [getattr(self._modules[group], leaf) for group, leaf in self._slots]
-        compiled = self.kernel.compiled if x.device.type == self.kernel.device_type else None
         # torch raises when asked about autocast for tensors without memory.
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self._run(compiled, x, held)
-        return self._run(compiled, x, held)
+                return self._run(x)
+        return self._run(x)
 
-    def _run(self, compiled: tuple[Callable[..., Tensor], Any] | None, x: Tensor, held: list[Any]) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
+        kernel = self.kernel
         inner = x if x.dtype == self._dtype else x.to(self._dtype)
-        # Compiled code for a batch of nothing is not worth its risks. Where the host itself is being compiled, the
-        # graph becomes a part of it, and is optimised together with what stands around it.
-        if compiled is None or torch.compiler.is_compiling() or not x.numel():
-            result = self.kernel.portable(in_order(inner), *held)
+        # Where the host itself is being compiled, the module becomes a part of its graph, and is optimised together
+        # with what stands around it.
+        compiled = None if kernel.compiled is None or torch.compiler.is_compiling() else kernel.compiled
+        if compiled is not None and x.device.type == kernel.device_type:
+            result = self._native(compiled, inner)
+        elif kernel.exported is not None:
+            result = kernel.exported(in_order(inner), *self._held())
         else:
-            result = _Compiled.apply(self.kernel, compiled, inner, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
-        answer: Tensor = result if x.dtype == self._dtype else result.to(x.dtype)
-        return answer
+            result = interpret(kernel.plan, self._groups(), inner)
+        return result if x.dtype == self._dtype else result.to(x.dtype)
+
+    def _held(self) -> list[Tensor]:
+        return [getattr(self._modules[group], leaf) for group, leaf in self._slots]
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor | None]]:
+        return {name: group._parameters for name, group in self._modules.items() if group is not None}  # noqa: SLF001  # keeps its order and its None
+
+    def _native(self, compiled: Compiled, x: Tensor) -> Tensor:
+        held = self._held()
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in held))
+        pace, positions = compiled.pace, x.numel() // self.kernel.signature.in_features
+        # Compiled code for a batch of nothing is not worth its risks.
+        if not positions or (pace is not None and not pace.chooses(positions, training=training)):
+            return interpret(self.kernel.plan, self._groups(), x)
+        if training:
+            answer = _Compiled.apply(self.kernel, compiled, x, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
+            assert isinstance(answer, Tensor)
+            return answer
+        return _forward(self.kernel, compiled, [x.contiguous(), *(p.contiguous() for p in held)])[0]
 
     def eager(self) -> BlueprintModule:
         """The same function in plain torch with copies of the parameters as they are: for export and comparison."""
@@ -176,39 +253,45 @@ class KernelModule(nn.Module):
         return repr(self.kernel)
 
 
-class _Compiled(torch.autograd.Function):
-    """Joins the compiled forward and backward; the backward recomputes what it needs from the forward's inputs.
+def _forward(kernel: Kernel, compiled: Compiled, inputs: list[Tensor]) -> list[Tensor]:
+    """Delta and what is saved; delta alone where the compiled code failed and the portable form took over."""
+    # The call empties its list.
+    found, why = attempted(lambda: compiled.forward(list(inputs)), [kernel.output_form(inputs[0])], more=True)
+    if why:
+        kernel.fall_back(f"forward: {why}")
+        return [kernel.portable(*inputs)]
+    return found
 
-    Where the compiled code raises, or gives what has another form, the portable graph gives the answer of the same call
+
+class _Compiled(torch.autograd.Function):
+    """Joins the compiled forward and backward; what passes between them is freed with the host's graph.
+
+    Where the compiled code raises, or gives what has another form, the portable form gives the answer of the same call
     and runs from then on: the step is not lost.
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, compiled: tuple[Any, Any], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, compiled: Compiled, x: Tensor, *parameters: Tensor) -> Tensor:
         # Compiled code reads memory in the order in which it was traced.
-        x, held = x.contiguous(), [p.contiguous() for p in parameters]
-        ctx.kernel, ctx.compiled = kernel, compiled
-        ctx.save_for_backward(x, *held)
-        found, why = attempted(lambda: [compiled[0](x, *held)], [kernel.output_form(x)])
-        if why:
-            kernel.fall_back(f"forward: {why}")
-            ctx.compiled = None
-            return kernel.portable(in_order(x), *held)
-        result: Tensor = found[0]
+        inputs = [x.contiguous(), *(p.contiguous() for p in parameters)]
+        result, *saved = _forward(kernel, compiled, inputs)
+        # All inputs, should the backward fail: they are alive anyway, but for an x that nobody else needs.
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.kernel, ctx.compiled, ctx.count = kernel, compiled if kernel.compiled is compiled else None, len(inputs)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, saved = ctx.kernel, ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        if ctx.compiled is not None:
-            backward = ctx.compiled[1]
-            forms = [Form.of(t) if need else None for t, need in zip(saved, wanted, strict=True)]
+        kernel, compiled, tensors = ctx.kernel, ctx.compiled, ctx.saved_tensors
+        inputs, saved, wanted = tensors[: ctx.count], tensors[ctx.count :], ctx.needs_input_grad[2:]
+        if compiled is not None:
+            forms = [Form.of(t) if need else None for t, need in zip(inputs, wanted, strict=True)]
+            taken = [grad.contiguous(), *(inputs[index] for index in compiled.recalled), *saved]
             FLIGHT.enter(kernel.id, "backward")
-            found, why = attempted(lambda: backward(grad.contiguous(), *saved), forms)
+            found, why = attempted(lambda: compiled.backward(taken), forms)
             FLIGHT.leave()
             if not why:
                 return (None, None, *(g if need else None for g, need in zip(found, wanted, strict=True)))
             kernel.fall_back(f"backward: {why}")
-        return (None, None, *portable_gradients(kernel.portable, grad, saved, wanted))
+        return (None, None, *portable_gradients(kernel.portable, grad, inputs, wanted))

@@ -13,14 +13,15 @@ import io
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 
 from esper.kasmina.kernels.archives import UnsoundArchive, sound_archive
-from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PARAMETERS, PORTABLE, Tier, kernel_id_of, unpack
-from esper.kasmina.kernels.kernel import Kernel
+from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PARAMETERS, PORTABLE, kernel_id_of, unpack
+from esper.kasmina.kernels.kernel import Compiled, Kernel
+from esper.kasmina.kernels.pace import Pace
 from esper.kasmina.kernels.rejection import KernelCorrupt, KernelUnfit
 from esper.kasmina.kernels.target import Target
 from esper.kasmina.kernels.tracing import quiet
@@ -28,7 +29,7 @@ from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from esper.kasmina.kernels.signing import SignedVerdict, TrustStore
     from esper.kasmina.signature import Signature
 
-__all__ = ["load_candidate", "load_kernel"]
+__all__ = ["load_candidate", "load_exported", "load_kernel", "native"]
 
 _log = get_logger("esper.kasmina.kernels")
 # torch.export keeps the program that it is reading in a global: two threads that load at once break one another.
@@ -62,7 +63,8 @@ def load_kernel(
         trust: keys that this process believes.
         expected_id: the kernel that was asked for.
         signature: of the place where it must fit; None to load it for any.
-        target: this machine; None finds out. A kernel compiled for another target runs its portable graph.
+        target: this machine; None finds out. A kernel compiled for another target, or measured by the gauntlet to be
+            slower than plain torch, runs its blueprint in plain torch; no native code of it is loaded then.
 
     Raises:
         KernelCorrupt: the bytes are not the kernel asked for, or contradict their own manifest.
@@ -70,20 +72,33 @@ def load_kernel(
         KernelUnfit: it is for another signature.
     """
     _check_digest(bundle, expected_id)
-    trust.verify(verdict, expected_id)
-    return _load(bundle, expected_id, signature, target)
+    statement = trust.verify(verdict, expected_id)
+    here = Target.here() if target is None else target
+    return _load(bundle, expected_id, signature, here, Pace.measured(statement, str(here)))
 
 
 def load_candidate(
     bundle: bytes, expected_id: str, signature: Signature | None = None, target: Target | None = None
 ) -> Kernel:
-    """Load a kernel that nobody has validated yet. Runs native code of unknown intent: for the gauntlet's sandbox only.
+    """Load a kernel that nobody has validated or measured yet: its compiled code runs for every input.
+
+    Runs native code of unknown intent: for the gauntlet's sandbox, builds and tests only.
 
     Raises:
         KernelCorrupt, KernelUnfit: as `load_kernel`.
     """
     _check_digest(bundle, expected_id)
-    return _load(bundle, expected_id, signature, target)
+    return _load(bundle, expected_id, signature, Target.here() if target is None else target, None)
+
+
+def load_exported(bundle: bytes, expected_id: str, target: Target | None = None) -> Kernel:
+    """As `load_candidate`, and what runs is the portable graph of the bundle: for whoever judges it.
+
+    Raises:
+        KernelCorrupt: as `load_kernel`, or torch cannot read the graph.
+    """
+    _check_digest(bundle, expected_id)
+    return _load(bundle, expected_id, None, Target.here() if target is None else target, None, graph=True)
 
 
 def _check_digest(bundle: bytes, expected_id: str) -> None:
@@ -92,22 +107,30 @@ def _check_digest(bundle: bytes, expected_id: str) -> None:
         raise KernelCorrupt(expected_id, [f"its bytes have the digest {found}"])
 
 
-def _load(bundle: bytes, kernel_id: str, signature: Signature | None, target: Target | None) -> Kernel:
+def _load(
+    bundle: bytes,
+    kernel_id: str,
+    signature: Signature | None,
+    here: Target,
+    pace: Pace | None,
+    *,
+    graph: bool = False,
+) -> Kernel:
     opened = unpack(bundle)
     manifest = opened.manifest
     if signature is not None and manifest.signature != signature:
         raise KernelUnfit(kernel_id, [f"its signature is {manifest.signature}, and {signature} is wanted"])
     plan = _plan(opened, kernel_id)
-    here = Target.here() if target is None else target
-    archives = _archives(opened, kernel_id, here)
+    use_native = not graph and _compiled_here(manifest, kernel_id, here, pace)
+    archives = _archives(opened, kernel_id, (PORTABLE, *((FORWARD, BACKWARD) if use_native else ())))
     parameters = safetensors.torch.load(opened.members[PARAMETERS])
     found = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in parameters.items()}
     if found != {spec.name: (spec.shape, spec.dtype) for spec in manifest.parameters}:
         raise KernelCorrupt(kernel_id, ["its initial parameters are not those that the manifest lists"])
     try:
         with _loading:
-            portable = _portable(archives.pop(PORTABLE))
-            compiled = _compiled(archives) if archives else None
+            exported = _portable(archives[PORTABLE]) if graph else None
+            compiled = _compiled(archives, manifest, pace) if use_native else None
     except Exception as error:  # torch raises all kinds; to the caller it is one refusal
         raise KernelCorrupt(kernel_id, [f"torch cannot load it: {type(error).__name__}: {error!s:.300}"]) from error
     return Kernel(
@@ -115,8 +138,8 @@ def _load(bundle: bytes, kernel_id: str, signature: Signature | None, target: Ta
         manifest=manifest,
         plan=plan,
         parameters=parameters,
-        portable=portable,
         compiled=compiled,
+        exported=exported,
         nbytes=len(bundle),
     )
 
@@ -140,25 +163,29 @@ def _plan(opened: Bundle, kernel_id: str) -> Plan:
     return plan
 
 
-def _archives(opened: Bundle, kernel_id: str, here: Target) -> dict[str, bytes]:
-    """The archives that torch is to read, looked through: the graph, and the compiled packages where they can run."""
-    compiled = (FORWARD, BACKWARD) if _compiled_here(opened.manifest, kernel_id, here) else ()
+def _archives(opened: Bundle, kernel_id: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Archives of torch, looked through: the graph also where it is not read here."""
     try:
-        return {name: sound_archive(name, opened.members[name]) for name in (PORTABLE, *compiled)}
+        return {name: sound_archive(name, opened.members[name]) for name in names}
     except UnsoundArchive as error:
         raise KernelCorrupt(kernel_id, [str(error)]) from error
 
 
-def _compiled_here(manifest: Manifest, kernel_id: str, here: Target) -> bool:
-    if manifest.tier is Tier.PORTABLE or manifest.target == str(here):
-        return manifest.tier is not Tier.PORTABLE
+def _compiled_here(manifest: Manifest, kernel_id: str, here: Target, pace: Pace | None) -> bool:
+    if not manifest.tier.compiled:
+        return False
+    why = ""
+    if manifest.target != str(here):
+        why = f"it is compiled for {manifest.target}, and this machine is {here}"
+    elif pace is not None and not pace.ever:
+        why = "nowhere on this machine was it measured to be as fast as plain torch"
+    if not why:
+        return True
     with _said_lock:
         first = (kernel_id, str(here)) not in _said
         _said.add((kernel_id, str(here)))
     if first:
-        _log.warning(
-            "kernel runs its portable graph", kernel_id=kernel_id, compiled_for=manifest.target, here=str(here)
-        )
+        _log.warning("kernel runs in plain torch", kernel_id=kernel_id, why=why)
     return False
 
 
@@ -169,14 +196,18 @@ def _portable(data: bytes) -> Callable[..., Tensor]:
         return program.module(check_guards=False)
 
 
-def _compiled(archives: Mapping[str, bytes]) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+def _compiled(archives: Mapping[str, bytes], manifest: Manifest, pace: Pace | None) -> Compiled:
+    return Compiled(native(archives[FORWARD]), native(archives[BACKWARD]), manifest.recalled, pace)
+
+
+def native(package: bytes) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The function of an AOTInductor package that was looked through or built here."""
     from torch import _inductor
 
     with tempfile.TemporaryDirectory(prefix="esper-kernel-") as folder, quiet():
-        loaded = []
-        for name in (FORWARD, BACKWARD):
-            path = Path(folder, name)
-            path.write_bytes(archives[name])
-            # The loader keeps a copy of its own, which lives as long as the functions.
-            loaded.append(_inductor.aoti_load_package(str(path)))
-    return loaded[0], loaded[1]
+        path = Path(folder, "kernel.pt2")
+        path.write_bytes(package)
+        # The loader keeps a copy of its own, which lives as long as the function. What torch wraps around it reads the
+        # form of its arguments from JSON on every call.
+        run: Callable[[list[Tensor]], list[Tensor]] = _inductor.aoti_load_package(str(path)).loader.boxed_run
+    return run

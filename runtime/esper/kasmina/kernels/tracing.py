@@ -1,7 +1,6 @@
-"""Forward and backward of a blueprint as exported graphs with free batch, sequence and spatial extents.
+"""The forward of a blueprint as an exported graph with free batch, sequence and spatial extents.
 
-Both are functions of tensors only: ``f(x, *parameters) -> delta`` and ``b(grad, x, *parameters) -> (grad_x,
-*grad_parameters)``. The backward recomputes what it needs of the forward, so the two share nothing but their inputs.
+It is a function of tensors only: ``f(x, *parameters) -> delta``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from esper.kasmina.blueprints.module import BlueprintModule, torch_dtype
 from esper.kasmina.signature import Layout
@@ -24,7 +22,15 @@ if TYPE_CHECKING:
 
     from esper.kasmina.blueprints.plan import Plan
 
-__all__ = ["anonymous", "example_input", "export_backward", "export_forward", "quiet"]
+__all__ = [
+    "ForwardFunction",
+    "anonymous",
+    "example_input",
+    "example_parameters",
+    "export_forward",
+    "free",
+    "quiet",
+]
 
 # The batch is traced at a prime, the other extents at others: torch takes equal sizes for one size and would make the
 # kernel static. They are small, because example tensors of wide modules are held in memory while tracing.
@@ -41,7 +47,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class _Forward(nn.Module):
+class ForwardFunction(nn.Module):
+    """``f(x, *parameters)`` of a plan."""
+
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         # Values do not matter to a trace; names and shapes do. A tuple hides the module and its parameters from export.
@@ -49,19 +57,11 @@ class _Forward(nn.Module):
         self._names = [spec.name for spec in plan.parameter_specs]
 
     def forward(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """``delta(x)`` in one order of memory."""
         held = dict(zip(self._names, parameters, strict=True))
         result = torch.func.functional_call(self._hidden[0], held, (x,))
         assert isinstance(result, Tensor)
         return result.contiguous()
-
-
-class _Traced(nn.Module):
-    def __init__(self, graph: nn.Module) -> None:
-        super().__init__()
-        self._graph = graph
-
-    def forward(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Any:
-        return self._graph(grad, x, *parameters)
 
 
 def example_input(plan: Plan, features: int | None = None) -> Tensor:
@@ -75,11 +75,13 @@ def example_input(plan: Plan, features: int | None = None) -> Tensor:
     return torch.randn(shape, dtype=torch_dtype(plan.signature.dtype), generator=torch.Generator().manual_seed(0))
 
 
-def _parameters(plan: Plan) -> list[Tensor]:
+def example_parameters(plan: Plan) -> list[Tensor]:
+    """Tensors of the shapes of the parameters; a trace looks at nothing else of them."""
     return [torch.zeros(spec.shape, dtype=torch_dtype(plan.signature.dtype)) for spec in plan.parameter_specs]
 
 
-def _free(plan: Plan) -> dict[int, Any]:
+def free(plan: Plan) -> dict[int, Any]:
+    """The dimensions of the input whose extents are free, as torch.export names them."""
     layout = plan.signature.layout
     names = ["batch", *_DIMENSIONS[layout]]
     dims = [dim for dim in range(layout.rank) if dim != layout.feature_dim]
@@ -89,30 +91,11 @@ def _free(plan: Plan) -> dict[int, Any]:
 def export_forward(plan: Plan, device: str = "cpu") -> ExportedProgram:
     """``f(x, *parameters)`` as an exported program."""
     x = example_input(plan).to(device)
-    held = [p.to(device) for p in _parameters(plan)]
+    held = [p.to(device) for p in example_parameters(plan)]
     static = (None,) * len(held)
     with quiet():
-        program = torch.export.export(_Forward(plan), (x, *held), dynamic_shapes=(_free(plan), static))
+        program = torch.export.export(ForwardFunction(plan), (x, *held), dynamic_shapes=(free(plan), static))
     return anonymous(program)
-
-
-def export_backward(plan: Plan, device: str = "cpu") -> ExportedProgram:
-    """``b(grad, x, *parameters)`` as an exported program."""
-    forward = _Forward(plan)
-
-    def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaves = [value.detach().requires_grad_() for value in inputs]
-            return tuple(g.contiguous() for g in torch.autograd.grad(forward(*leaves), leaves, grad))
-
-    x = example_input(plan).to(device)
-    grad = example_input(plan, plan.signature.out_features).to(device)
-    held = [p.to(device) for p in _parameters(plan)]
-    free, static = _free(plan), (None,) * len(held)
-    with quiet():
-        # Not torch.func.vjp: under it torch 2.13 traces products of three-dimensional tensors with constant sizes.
-        graph = make_fx(backward, tracing_mode="symbolic")(grad, x, *held)
-        return torch.export.export(_Traced(graph), (grad, x, *held), dynamic_shapes=(free, free, static))
 
 
 def anonymous(program: ExportedProgram) -> ExportedProgram:

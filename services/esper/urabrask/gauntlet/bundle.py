@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from esper.kasmina.kernels.archives import UnsoundArchive, sound_archive
-from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PORTABLE, Bundle, Manifest, Tier, kernel_id_of, unpack
-from esper.kasmina.kernels.load import load_candidate
+from esper.kasmina.kernels.bundle import BACKWARD, FORWARD, PORTABLE, Bundle, Manifest, kernel_id_of, unpack
+from esper.kasmina.kernels.load import load_candidate, load_exported
 from esper.kasmina.kernels.rejection import KernelRejected
 from esper.kasmina.kernels.target import Target
 from esper.urabrask.gauntlet.subject import Refuted, Subject
@@ -52,7 +52,7 @@ def manifest(opened: Bundle, told: Mapping[str, Any], here: Target) -> str:
     ]
     if wrong:
         raise Refuted("; ".join(wrong))
-    if opened.manifest.tier is not Tier.PORTABLE and opened.manifest.target != str(here):
+    if opened.manifest.tier.compiled and opened.manifest.target != str(here):
         raise Elsewhere(f"the kernel is compiled for {opened.manifest.target}, and this machine is {here}")
     return f"{opened.manifest.blueprint_name} {opened.manifest.signature}, tier {opened.manifest.tier.value}"
 
@@ -67,7 +67,7 @@ def facts(held: Manifest) -> dict[str, Any]:
         "causal": held.causal,
         "parameters": held.parameter_count,
     }
-    return told if held.tier is Tier.PORTABLE else told | {"target": held.target}
+    return told | {"target": held.target} if held.tier.compiled else told
 
 
 def load(data: bytes, kernel_id: str, here: Target) -> Subject:
@@ -77,6 +77,8 @@ def load(data: bytes, kernel_id: str, here: Target) -> Subject:
         Refuted: torch or the manifest will not have it.
     """
     try:
+        # The graph too: whoever has no esper, or another version of it, relies on it.
+        exported = load_exported(data, kernel_id, here)
         kernel = load_candidate(data, kernel_id, target=here)
     except KernelRejected as error:
         raise Refuted("; ".join(error.reasons)) from error
@@ -84,4 +86,4 @@ def load(data: bytes, kernel_id: str, here: Target) -> Subject:
         raise Refuted(
             f"expected its {kernel.manifest.tier.value} code to run, found that {kernel.running_tier.value} does"
         )
-    return Subject(kernel, kernel.plan)
+    return Subject(kernel if kernel.compiled else exported, kernel.plan, kernel)

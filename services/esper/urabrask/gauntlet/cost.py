@@ -1,50 +1,36 @@
-"""cost.*: memory and time of forward and backward beside eager on this machine."""
+"""cost.*: memory and time of forward and backward beside eager on this machine.
 
+The figures are of what the runtime would run; whatever is judged is refused where it is far too costly.
+"""
+
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from esper.kasmina.kernels.kernel import Kernel, KernelModule
+from esper.kasmina.kernels.timing import Step, interleaved, paired
 from esper.urabrask.checks import LATENCY_CEILING, LATENCY_FLOOR_US, MEMORY_CEILING, MEMORY_FLOOR_BYTES
 from esper.urabrask.gauntlet.subject import Refuted, Subject
 
 __all__ = ["Figures", "latency", "memory", "warm_profiler"]
 
-_BUDGET_S = 0.35
-"""Time that the measurement of latency may take."""
+_BUDGET_S = {"small": 0.1, "nominal": 0.35, "large": 0.35}
+"""Time that the measurement of latency may take at each shape class."""
 _MIN_REPEATS, _MAX_REPEATS = 7, 41
 
 Figures = dict[str, tuple[float, str]]
 """Name -> value and unit."""
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Forward and backward of one module on one input."""
-
-    module: nn.Module
-    x: Tensor
-    cotangent: Tensor
-
-    def forward(self) -> Tensor:
-        out: Tensor = self.module(self.x)
-        return out
-
-    def step(self) -> None:
-        torch.autograd.backward(self.forward(), self.cotangent)
-        self.module.zero_grad(set_to_none=True)
-        self.x.grad = None
-
-
-def _passes(subject: Subject) -> tuple[_Pass, _Pass]:
-    extents = subject.nominal_extents
+def _steps(subject: Subject, kernel: Kernel, extents: Sequence[int]) -> tuple[Step, Step]:
+    """A kernel and eager."""
     x, cotangent = subject.input(extents, seed=31), subject.cotangent(extents, seed=32)
-    eager = subject.eager(subject.generic_parameters())
-    return _Pass(subject.generic(), x.clone().requires_grad_(), cotangent), _Pass(eager, x.requires_grad_(), cotangent)
+    values = subject.generic_parameters()
+    module, eager = KernelModule(kernel, values), subject.eager(values)
+    return Step(module, x.clone().requires_grad_(), cotangent), Step(eager, x.requires_grad_(), cotangent)
 
 
 def warm_profiler() -> None:
@@ -74,80 +60,72 @@ def _allocations(watched: profile) -> Iterator[int]:
 
 def memory(subject: Subject, figures: Figures) -> str:
     """cost.memory: peak of one forward and backward, beyond input and parameters."""
-    kernel, eager = _passes(subject)
-    kernel.step()
-    eager.step()
-    found, usual = _peak(kernel.step), _peak(eager.step)
+    if subject.kernel is not subject.running:
+        _peaks(subject, subject.kernel)
+    found, usual = _peaks(subject, subject.running)
     ratio = found / max(usual, 1)
     figures["memory.peak"] = (float(found), "bytes")
     figures["memory.eager.peak"] = (float(usual), "bytes")
     figures["memory.ratio"] = (round(ratio, 4), "ratio")
+    shape = subject.shape(subject.nominal_extents, subject.signature.in_features)
+    return f"peak {found} bytes, {ratio:.2f} times eager's, at input {shape}"
+
+
+def _peaks(subject: Subject, kernel: Kernel) -> tuple[int, int]:
+    ours, eager = _steps(subject, kernel, subject.nominal_extents)
+    ours()
+    eager()
+    found, usual = _peak(ours), _peak(eager)
+    ratio = found / max(usual, 1)
     if found > MEMORY_FLOOR_BYTES and ratio > MEMORY_CEILING:
         raise Refuted(
             f"expected a peak of at most {MEMORY_CEILING:g} times eager's, found {ratio:.1f} times ({found} bytes)"
         )
-    return f"peak {found} bytes, {ratio:.2f} times eager's, at input {tuple(kernel.x.shape)}"
+    return found, usual
 
 
 def latency(subject: Subject, figures: Figures) -> str:
-    """cost.latency: medians of interleaved repeats, so that a disturbance of the machine hits both sides.
+    """cost.latency: medians of interleaved repeats, at each shape class for a kernel that was compiled."""
+    running = subject.running
+    if subject.kernel is not running:
+        _times(subject, subject.kernel, subject.nominal_extents, 0.0)
+    # What runs of a portable kernel is eager itself: there is nothing to be told apart by shape.
+    classes = subject.shape_classes if running.compiled else {"nominal": subject.nominal_extents}
+    said = []
+    for name, extents in classes.items():
+        times = _times(subject, running, extents, _BUDGET_S[name])
+        forward, step = (paired(times[what], times[f"eager.{what}"]) for what in ("forward", "step"))
+        figures[f"latency.{name}.positions"] = (float(math.prod(extents)), "count")
+        figures[f"latency.{name}.forward.ratio"] = (round(forward.ratio, 4), "ratio")
+        figures[f"latency.{name}.step.ratio"] = (round(step.ratio, 4), "ratio")
+        figures[f"latency.{name}.noise"] = (round(step.noise, 4), "ratio")
+        said.append(f"{step.ratio:.2f} times eager's at {math.prod(extents)} positions (noise {step.noise:.2f})")
+        if name == "nominal":
+            _note(times, figures)
+    return f"forward and backward {figures['latency.step.p50'][0]:.0f} us, {', '.join(said)}"
 
-    Counted is processor time of the process (one thread, so on an idle machine the same as wall time): an engine that
-    shares its machine with a trainer would otherwise measure the trainer.
-    """
-    kernel, eager = _passes(subject)
-    works: dict[str, Callable[[], object]] = {
-        "forward": _without_grad(kernel),
-        "eager.forward": _without_grad(eager),
-        "step": kernel.step,
-        "eager.step": eager.step,
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(2):
-        for work in works.values():
-            work()
-    end = time.perf_counter() + _BUDGET_S
-    while len(times["step"]) < _MIN_REPEATS or (time.perf_counter() < end and len(times["step"]) < _MAX_REPEATS):
-        for name, work in works.items():
-            began = time.process_time_ns()
-            work()
-            times[name].append((time.process_time_ns() - began) / 1e3)
+
+def _times(subject: Subject, kernel: Kernel, extents: Sequence[int], budget_s: float) -> dict[str, list[float]]:
+    ours, eager = _steps(subject, kernel, extents)
+    works = {"forward": ours.infer, "eager.forward": eager.infer, "step": ours, "eager.step": eager}
+    times = interleaved(works, budget_s=budget_s, least=_MIN_REPEATS, most=_MAX_REPEATS)
+    # A refusal is final, so it goes by the fastest repeats: a disturbance slows, it never speeds up.
+    best = {what: min(values) for what, values in times.items()}
+    share = best["step"] / best["eager.step"]
+    if best["step"] > LATENCY_FLOOR_US and share > LATENCY_CEILING:
+        raise Refuted(f"expected forward and backward within {LATENCY_CEILING:g} times eager's time, found {share:.1f}")
+    return times
+
+
+def _note(times: dict[str, list[float]], figures: Figures) -> None:
+    """Figures of the nominal input, by which kernels of different blueprints are compared."""
     middle = {name: statistics.median(values) for name, values in times.items()}
-    # Ratios of pairs: what slowed the machine for a while slowed both of a pair.
-    pairs = {
-        name: [k / e for k, e in zip(times[name], times[f"eager.{name}"], strict=True)] for name in ("forward", "step")
-    }
-    ratios = {name: statistics.median(values) for name, values in pairs.items()}
-    noise = _noise(pairs["step"])
     figures["latency.forward.p50"] = (round(middle["forward"], 3), "us")
     figures["latency.step.p50"] = (round(middle["step"], 3), "us")
     figures["latency.backward.p50"] = (round(max(middle["step"] - middle["forward"], 0.0), 3), "us")
     figures["latency.eager.forward.p50"] = (round(middle["eager.forward"], 3), "us")
     figures["latency.eager.step.p50"] = (round(middle["eager.step"], 3), "us")
-    figures["latency.forward.ratio"] = (round(ratios["forward"], 4), "ratio")
-    figures["latency.step.ratio"] = (round(ratios["step"], 4), "ratio")
-    figures["latency.noise"] = (round(noise, 4), "ratio")
+    figures["latency.forward.ratio"] = figures["latency.nominal.forward.ratio"]
+    figures["latency.step.ratio"] = figures["latency.nominal.step.ratio"]
+    figures["latency.noise"] = figures["latency.nominal.noise"]
     figures["latency.repeats"] = (float(len(times["step"])), "count")
-    # A refusal is final, so it goes by the fastest repeats: a disturbance slows, it never speeds up.
-    best = {name: min(values) for name, values in times.items()}
-    share = best["step"] / best["eager.step"]
-    if best["step"] > LATENCY_FLOOR_US and share > LATENCY_CEILING:
-        raise Refuted(f"expected forward and backward within {LATENCY_CEILING:g} times eager's time, found {share:.1f}")
-    return (
-        f"forward and backward {middle['step']:.0f} us, {ratios['step']:.2f} times eager's "
-        f"(noise {noise:.2f}, {len(times['step'])} interleaved repeats)"
-    )
-
-
-def _without_grad(one: _Pass) -> Callable[[], object]:
-    def forward() -> None:
-        with torch.no_grad():
-            one.forward()
-
-    return forward
-
-
-def _noise(ratios: list[float]) -> float:
-    """Half the distance between the quartiles of the paired ratios, as a share of their median."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return (high - low) / 2 / middle
