@@ -531,6 +531,7 @@ class ListKernelsRequest(_message.Message):
     CAUSAL_ONLY_FIELD_NUMBER: _builtins.int
     MAX_LATENCY_US_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    FASTEST_ONLY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Entries at most; 0 to 1,000; 0 means 100."""
     page_token: _builtins.str
@@ -552,6 +553,13 @@ class ListKernelsRequest(_message.Message):
     max_memory_bytes: _builtins.int
     """Only those whose measured peak memory is at most this, in bytes; 0 for all. Kernels without the measurement are left
     out.
+    """
+    fastest_only: _builtins.bool
+    """Of the kernels of one blueprint and signature only the one that trains fastest by its verdict: least geometric mean,
+    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is slower counting as 1
+    (there the runtime runs plain torch); among equals the portable one, then the newest. Such a listing is one page, of
+    the newest 1,000 kernels that match every other condition; a page_token is refused with INVALID_ARGUMENT
+    (PAGE_TOKEN_INVALID).
     """
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_kernel_pb2.KernelState.ValueType]:
@@ -580,10 +588,11 @@ class ListKernelsRequest(_message.Message):
         causal_only: _builtins.bool = ...,
         max_latency_us: _builtins.float = ...,
         max_memory_bytes: _builtins.int = ...,
+        fastest_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint_id", b"blueprint_id", "causal_only", b"causal_only", "max_latency_us", b"max_latency_us", "max_memory_bytes", b"max_memory_bytes", "max_parameters", b"max_parameters", "page_size", b"page_size", "page_token", b"page_token", "signatures", b"signatures", "states", b"states", "tags", b"tags", "target", b"target", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blueprint_id", b"blueprint_id", "causal_only", b"causal_only", "fastest_only", b"fastest_only", "max_latency_us", b"max_latency_us", "max_memory_bytes", b"max_memory_bytes", "max_parameters", b"max_parameters", "page_size", b"page_size", "page_token", b"page_token", "signatures", b"signatures", "states", b"states", "tags", b"tags", "target", b"target", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

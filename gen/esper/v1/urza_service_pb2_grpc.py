@@ -179,8 +179,7 @@ class UrzaServiceServicer:
     def RequestBuilds(self, request, context):
         """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
-        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED),
-        UNIMPLEMENTED (TIER_NOT_OFFERED) for AGGRESSIVE.
+        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,8 +54,7 @@ class UrzaServiceStub:
     RequestBuilds: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.RequestBuildsRequest, _urza_service_pb2.RequestBuildsResponse]
     """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
-    Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED),
-    UNIMPLEMENTED (TIER_NOT_OFFERED) for AGGRESSIVE.
+    Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
     """
     GetBuild: _grpc.UnaryUnaryMultiCallable[_urza_service_pb2.GetBuildRequest, _urza_service_pb2.GetBuildResponse]
     """Returns one build. NOT_FOUND (BUILD_NOT_FOUND)."""
@@ -151,8 +150,7 @@ class UrzaServiceAsyncStub(UrzaServiceStub):
     RequestBuilds: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.RequestBuildsRequest, _urza_service_pb2.RequestBuildsResponse]  # type: ignore[assignment]
     """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
-    Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED),
-    UNIMPLEMENTED (TIER_NOT_OFFERED) for AGGRESSIVE.
+    Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
     """
     GetBuild: _aio.UnaryUnaryMultiCallable[_urza_service_pb2.GetBuildRequest, _urza_service_pb2.GetBuildResponse]  # type: ignore[assignment]
     """Returns one build. NOT_FOUND (BUILD_NOT_FOUND)."""
@@ -275,8 +273,7 @@ class UrzaServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_urza_service_pb2.RequestBuildsResponse, _abc.Awaitable[_urza_service_pb2.RequestBuildsResponse]]:
         """Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
-        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED),
-        UNIMPLEMENTED (TIER_NOT_OFFERED) for AGGRESSIVE.
+        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
         """
 
     @_abc_1.abstractmethod

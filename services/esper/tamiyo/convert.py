@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["blueprint_from_proto", "kernel_from_proto", "kernel_state_from_proto", "recorded_to_proto", "wish_to_proto"]
 
 _LATENCY = "latency.forward.p50"
-_TIERS = {"portable": build_pb2.TIER_PORTABLE, "standard": build_pb2.TIER_STANDARD}
+_TIERS = {
+    "portable": build_pb2.TIER_PORTABLE,
+    "standard": build_pb2.TIER_STANDARD,
+    "aggressive": build_pb2.TIER_AGGRESSIVE,
+}
 _STATES = {
     kernel_pb2.KERNEL_STATE_STAGED: KernelState.STAGED,
     kernel_pb2.KERNEL_STATE_VALIDATED: KernelState.VALIDATED,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlueprintFacts", "BuildWish", "PreparationRules", "wishes"]
 
-Tier = Literal["portable", "standard"]
+Tier = Literal["portable", "standard", "aggressive"]
 Bound = Annotated[int, Field(ge=0, le=256)]
 
 
@@ -43,6 +43,9 @@ class PreparationRules(Section):
 
     standard_builds: Bound = 4
     """Most standard builds asked for: each takes a compiler some twenty seconds of two cores."""
+
+    aggressive_builds: Bound = 2
+    """Most aggressive builds asked for, where `tiers` names the tier: each takes a compiler minutes."""
 
     wait_s: Annotated[float, Field(ge=0, le=60)] = 5.0
     """Time that PrepareRun gives a library that has no blueprints yet, as in the first moments of a mesh."""
@@ -77,7 +80,11 @@ def wishes(hello: RunHello, blueprints: Iterable[BlueprintFacts], rules: Prepara
     """Builds for a run, most urgent first; each (blueprint, signature, tier) once."""
     pairs = _pairs(hello, list(blueprints), rules)
     result: list[BuildWish] = []
-    bounds = {"portable": rules.portable_builds, "standard": rules.standard_builds}
+    bounds = {
+        "portable": rules.portable_builds,
+        "standard": rules.standard_builds,
+        "aggressive": rules.aggressive_builds,
+    }
     for place, tier in enumerate(rules.tiers):
         for pair, (signature, blueprint_id, first) in enumerate(pairs[: bounds[tier]]):
             result.append(

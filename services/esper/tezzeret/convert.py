@@ -25,7 +25,11 @@ __all__ = [
     "worker_to_proto",
 ]
 
-_TIERS = {Tier.PORTABLE: build_pb2.TIER_PORTABLE, Tier.STANDARD: build_pb2.TIER_STANDARD}
+_TIERS = {
+    Tier.PORTABLE: build_pb2.TIER_PORTABLE,
+    Tier.STANDARD: build_pb2.TIER_STANDARD,
+    Tier.AGGRESSIVE: build_pb2.TIER_AGGRESSIVE,
+}
 _BIRTHS = {Birth.ZERO: blueprint_pb2.BIRTH_ZERO, Birth.RANDOM: blueprint_pb2.BIRTH_RANDOM}
 _STATES = {
     WorkerState.STARTING: forge_pb2.WORKER_STATE_STARTING,
@@ -73,7 +77,7 @@ def tier_from_proto(number: build_pb2.Tier.ValueType) -> Tier:
         if wire == number:
             return tier
     name = build_pb2.Tier.Name(number) if number in build_pb2.Tier.values() else str(number)
-    raise InvalidInput(f"tier: expected portable or standard, found {name}", reason="TIER_NOT_OFFERED")
+    raise InvalidInput(f"tier: expected portable, standard or aggressive, found {name}", reason="TIER_NOT_OFFERED")
 
 
 def task_from_proto(lease: lease_pb2.Lease) -> Task:

@@ -74,7 +74,7 @@ class Forge:
             "ir": order.ir,
             "signature": str(order.signature),
             "tier": order.tier.value,
-            "target": "" if order.tier is Tier.PORTABLE else order.target,
+            "target": order.target if order.tier.compiled else "",
         }
         try:
             answer = await self.pool.run(job, work_id=order.build_id, on_progress=heard)

@@ -34,13 +34,14 @@ class Config(Section):
     """Worker processes, and so builds at once. Each holds about 400 MiB and keeps a core busy, at low priority, while
     it compiles. Of two or more the first is kept for portable orders, which never wait for a compiler then."""
 
-    tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = (Tier.PORTABLE, Tier.STANDARD)
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = tuple(Tier)
     """Tiers that orders are taken for. An order of a tier that the machine lacks a tool for fails with that reason;
     take the tier out of this list where another forge has the tool."""
 
     wall_limit_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 600.0
-    """Seconds that one build may take before it counts as a hang. A cold standard build takes about 20 on an idle core
-    and several times that on a machine that trains."""
+    """Seconds that one build may take before it counts as a hang. A cold standard build takes about 20 on an idle core,
+    an aggressive one, which tries up to five ways and begins none after 300 seconds, five times that; both several
+    times as long on a machine that trains."""
 
     memory_limit_bytes: Annotated[int, Field(ge=64 * MIB)] = 4096 * MIB
     """Memory that a build, its compilers included, may take beyond what the idle worker holds."""

@@ -6,23 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from esper.kasmina.kernels.bundle import Tier
 from esper.kasmina.signature import Signature
-from esper.mesh.errors import Unsupported
 
-__all__ = ["Build", "BuildOrder", "BuildState", "Tier", "build_id", "canonical_target", "check_tier"]
-
-
-class Tier(StrEnum):
-    """How much effort a build may spend."""
-
-    PORTABLE = "portable"
-    """Exported graph only; runs anywhere."""
-
-    STANDARD = "standard"
-    """Ahead-of-time compiled for one target."""
-
-    AGGRESSIVE = "aggressive"
-    """Tuned by measurement; no forge offers it."""
+__all__ = ["Build", "BuildOrder", "BuildState", "Tier", "build_id", "canonical_target"]
 
 
 class BuildState(StrEnum):
@@ -119,17 +106,3 @@ def build_id(blueprint_id: str, signature: Signature, target: str, tier: Tier) -
     """Name of the build of a blueprint for a signature, a target and a tier: `sha256:` and 64 hexadecimal digits."""
     order = [blueprint_id, str(signature), canonical_target(target, tier), tier.value]
     return "sha256:" + hashlib.sha256(json.dumps(order, separators=(",", ":")).encode()).hexdigest()
-
-
-def check_tier(tier: Tier) -> None:
-    """Refuse a tier that no forge offers.
-
-    Raises:
-        Unsupported: TIER_NOT_OFFERED for AGGRESSIVE.
-    """
-    if tier is Tier.AGGRESSIVE:
-        raise Unsupported(
-            "tier aggressive: expected portable or standard, no forge offers more",
-            reason="TIER_NOT_OFFERED",
-            metadata={"tier": tier.value},
-        )

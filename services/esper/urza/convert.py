@@ -278,6 +278,7 @@ def query_from_proto(message: urza_service_pb2.ListKernelsRequest) -> KernelQuer
         causal_only=message.causal_only,
         max_latency_us=message.max_latency_us,
         max_memory_bytes=message.max_memory_bytes,
+        fastest_only=message.fastest_only,
     )
 
 

@@ -19,7 +19,7 @@ from esper.mesh.logging import get_logger
 from esper.urza import notify, queue, records, shelf
 from esper.urza.blob_store import BlobStore
 from esper.urza.blueprints import LAWFUL, Blueprint, BlueprintState, read_ir
-from esper.urza.builds import Build, BuildOrder, BuildState, check_tier
+from esper.urza.builds import Build, BuildOrder, BuildState
 from esper.urza.changes import Change
 from esper.urza.desk import Desk, Rules
 from esper.urza.feed import Feed
@@ -178,10 +178,7 @@ class Library:
         Raises:
             NotFound: BLUEPRINT_NOT_FOUND.
             Conflict: BLUEPRINT_ARCHIVED.
-            Unsupported: TIER_NOT_OFFERED.
         """  # noqa: D205  # one sentence of two lines
-        for order in orders:
-            check_tier(order.tier)
 
         async def request(tx: Transaction) -> tuple[Build, ...]:
             for order in orders:

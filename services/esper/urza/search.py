@@ -1,21 +1,23 @@
 """Finding kernels: conditions, and the statement that reads no further than it must."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from esper.kasmina.kernels.pace import score
 from esper.kasmina.signature import Signature
+from esper.mesh.errors import InvalidInput
 from esper.urza.builds import Tier
 from esper.urza.kernels import Kernel, KernelState
-from esper.urza.paging import Page
+from esper.urza.paging import MAX_PAGE, Page
 from esper.urza.schema import kernel_tags, kernels
 from esper.urza.shelf import FULL, kernel_from_row
 
-__all__ = ["KernelQuery", "list_kernels"]
+__all__ = ["KernelQuery", "fastest", "list_kernels"]
 
 MAX_BRANCHES = 16
 RARE = 1000
@@ -56,11 +58,25 @@ class KernelQuery:
     max_memory_bytes: int = 0
     """Measured peak memory at most this; 0 for all."""
 
+    fastest_only: bool = False
+    """Of one blueprint and signature only the one that trains fastest; one page, no other follows."""
+
 
 async def list_kernels(
     connection: AsyncConnection, query: KernelQuery, *, limit: int, before: int | None
 ) -> Page[Kernel]:
-    """Kernels that meet every condition, newest first."""
+    """Kernels that meet every condition, newest first.
+
+    Raises:
+        InvalidInput: PAGE_TOKEN_INVALID, a second page is asked for of a query for the fastest.
+    """
+    if query.fastest_only:
+        if before is not None:
+            raise InvalidInput(
+                "page_token: expected none, the fastest kernels are one page", reason="PAGE_TOKEN_INVALID"
+            )
+        every = await list_kernels(connection, replace(query, fastest_only=False), limit=MAX_PAGE, before=None)
+        return Page(fastest(every.entries)[:limit], more=False)
     states: list[KernelState | None] = [*sorted(query.states)]
     if not states or len(states) == len(KernelState):
         states = [None]
@@ -78,6 +94,21 @@ async def list_kernels(
     statement = FULL.where(kernels.c.sequence.in_(newest)).order_by(kernels.c.sequence.desc())
     rows = (await connection.execute(statement)).all()
     return Page(tuple(kernel_from_row(row) for row in rows[:limit]), more=len(rows) > limit)
+
+
+def fastest(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """Of each blueprint and signature the kernel that trains fastest by its verdict, newest first."""
+    best: dict[tuple[str, Signature], Kernel] = {}
+    for kernel in sorted(kernels, key=_speed):
+        best.setdefault((kernel.blueprint_id, kernel.signature), kernel)
+    return tuple(sorted(best.values(), key=lambda kernel: -kernel.sequence))
+
+
+def _speed(kernel: Kernel) -> tuple[float, bool, int]:
+    measured = () if kernel.statement is None else kernel.statement.measurements
+    # Measured on another machine than it was built for, it would not be in the library.
+    pace = score({figure.name: figure.value for figure in measured}) if kernel.tier.compiled else 1.0
+    return pace, kernel.tier.compiled, -kernel.sequence
 
 
 async def _is_rare(connection: AsyncConnection, tag: str) -> bool:

@@ -196,7 +196,7 @@ def test_a_worker_builds_refuses_and_tells_its_machine():
     assert foreign["reason"] in {"TARGET_NOT_HERE", "TOOL_MISSING"}
     machine = worker.compile_job({}, phases.append)
     assert machine["target"].startswith("cpu/")
-    assert {"portable": [], "standard": limitations(Tier.STANDARD)} == machine["limitations"]
+    assert {tier.value: limitations(tier) for tier in Tier} == machine["limitations"]
 
 
 def test_an_overgrown_compiler_cache_is_emptied(tmp_path):
@@ -229,8 +229,9 @@ def test_long_words_keep_beginning_and_end():
 
 def test_orders_of_no_known_tier_are_refused():
     """A lease that this forge cannot read is an error that says what it expected."""
-    with pytest.raises(InvalidInput, match="expected portable or standard, found TIER_AGGRESSIVE"):
-        tier_from_proto(build_pb2.TIER_AGGRESSIVE)
+    assert Tier.AGGRESSIVE is tier_from_proto(build_pb2.TIER_AGGRESSIVE)
+    with pytest.raises(InvalidInput, match="expected portable, standard or aggressive, found TIER_UNSPECIFIED"):
+        tier_from_proto(build_pb2.TIER_UNSPECIFIED)
     with pytest.raises(InvalidInput, match="found 77"):
         tier_from_proto(77)
     with pytest.raises(InvalidInput, match="expected compile work, found None"):

@@ -17,7 +17,6 @@ from esper.mesh.errors import (
     NotFound,
     Stale,
     Unavailable,
-    Unsupported,
 )
 from esper.urza import library, log, queue
 from esper.urza.blueprints import BlueprintState
@@ -164,8 +163,7 @@ class TestBuilds:
         assert 3 == len(others - {first.id})
 
     async def test_what_cannot_be_asked_for(self, world: World) -> None:
-        """The aggressive tier is not offered; an unknown blueprint cannot be built; nothing is left behind."""
-        await refused(Unsupported, "TIER_NOT_OFFERED", world.order(tier=Tier.AGGRESSIVE))
+        """An unknown blueprint cannot be built; nothing is left behind."""
         await refused(NotFound, "BLUEPRINT_NOT_FOUND", world.order("sha256:" + "0" * 64))
         await refused(NotFound, "BUILD_NOT_FOUND", world.library.get_build("sha256:" + "0" * 64))
         assert () == (await world.library.list_builds(limit=10, before=None, states=())).entries

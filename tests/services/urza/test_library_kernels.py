@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.kasmina.kernels.signing import SigningKey
+from esper.kasmina.kernels.signing import Figure, SigningKey
 from esper.mesh.errors import (
     AlreadyExists,
     Conflict,
@@ -339,3 +339,44 @@ class TestChanges:
             assert builds[0].id == (await after.lease(WorkKind.COMPILE)).subject_id
             pieces = [piece async for piece in after.library.read_bundle(kernel)]
             assert kernel.size_bytes == sum(map(len, pieces))
+
+
+def measured(*ratios: float) -> tuple[Figure, ...]:
+    """Figures of a gauntlet that found these times over plain torch's, from small inputs to large ones."""
+    return tuple(
+        figure
+        for name, ratio, positions in zip(("small", "nominal", "large"), ratios, (8, 256, 4096), strict=True)
+        for figure in (
+            Figure(f"latency.{name}.positions", positions, "count"),
+            Figure(f"latency.{name}.step.ratio", ratio, "ratio"),
+            Figure(f"latency.{name}.forward.ratio", ratio, "ratio"),
+        )
+    )
+
+
+class TestFastest:
+    """Of the variants of one kernel, the one that was measured to train fastest."""
+
+    async def test_the_fastest_variant_of_each_blueprint_and_signature(self, world: World) -> None:
+        """What is slower than plain torch counts as plain torch, and then the portable one is listed."""
+        blueprint_id = await world.submit()
+        portable = await world.validated(await world.order(blueprint_id))
+
+        async def variant(tier: Tier, *ratios: float) -> Kernel:
+            staged = await world.staged(await world.order(blueprint_id, tier=tier, target=TARGET))
+            return await world.judge(staged, measurements=measured(*ratios))
+
+        async def fastest(**conditions: object) -> list[str]:
+            query = KernelQuery(states=frozenset({KernelState.VALIDATED}), fastest_only=True, **conditions)
+            return [kernel.id for kernel in (await world.library.list_kernels(query, limit=10, before=None)).entries]
+
+        assert [portable.id] == await fastest(target=TARGET)
+        await variant(Tier.STANDARD, 1.3, 1.0, 1.1)
+        assert [portable.id] == await fastest(target=TARGET)
+        tuned = await variant(Tier.AGGRESSIVE, 1.2, 0.7, 0.8)
+        other = await world.validated(await world.order(blueprint_id, signature=replace(SIGNATURE, out_features=8)))
+        assert [other.id, tuned.id] == await fastest(target=TARGET)
+        assert [other.id, portable.id] == await fastest(target="cpu/other/default/torch-2.13")
+        assert [tuned.id] == await fastest(target=TARGET, blueprint_id=blueprint_id, signatures=frozenset({SIGNATURE}))
+        query = KernelQuery(fastest_only=True)
+        await refused(InvalidInput, "PAGE_TOKEN_INVALID", world.library.list_kernels(query, limit=1, before=3))

@@ -1325,7 +1325,7 @@ class Tier(betterproto2.Enum):
 
     AGGRESSIVE = 3
     """
-    As STANDARD, and tuned by measurement. Reserved: requests are refused with UNIMPLEMENTED until a forge offers it.
+    As STANDARD, of several ways to compile it the one that was measured to be the fastest on the target: minutes.
     """
 
     @classmethod
@@ -3394,6 +3394,15 @@ class ListKernelsRequest(betterproto2.Message):
     """
     Only those whose measured peak memory is at most this, in bytes; 0 for all. Kernels without the measurement are left
     out.
+    """
+
+    fastest_only: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
+    """
+    Of the kernels of one blueprint and signature only the one that trains fastest by its verdict: least geometric mean,
+    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is slower counting as 1
+    (there the runtime runs plain torch); among equals the portable one, then the newest. Such a listing is one page, of
+    the newest 1,000 kernels that match every other condition; a page_token is refused with INVALID_ARGUMENT
+    (PAGE_TOKEN_INVALID).
     """
 
 
@@ -5928,8 +5937,7 @@ class UrzaServiceStub:
         """
         Asks for kernels. Each (blueprint, signature, target, tier) is asked for once: what exists is returned as it is.
 
-        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED),
-        UNIMPLEMENTED (TIER_NOT_OFFERED) for AGGRESSIVE.
+        Atomic over the list, idempotent. NOT_FOUND (BLUEPRINT_NOT_FOUND), FAILED_PRECONDITION (BLUEPRINT_ARCHIVED).
         """
 
         return self._channel.unary_unary(

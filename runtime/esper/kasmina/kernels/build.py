@@ -110,16 +110,15 @@ def build(
         PORTABLE: _save(export_forward(plan)),
     }
     manifest = _manifest(plan, tier, here, seed)
-    if tier is Tier.STANDARD:
-        # Late: these import the compiler, which takes seconds and which portable builds do without.
-        from esper.kasmina.kernels.compiling import compile_program
-        from esper.kasmina.kernels.partition import Cut, export_partitioned
+    if tier.compiled:
+        # Late: it imports the compiler, which takes seconds and which portable builds do without.
+        from esper.kasmina.kernels import tuning
 
-        halves = export_partitioned(plan, device=device)
         progress("compiling")
-        members[FORWARD] = compile_program(halves.forward, here, {})
-        members[BACKWARD] = compile_program(halves.backward, here, {})
-        manifest = replace(manifest, variant=Cut.MINIMUM.value, recalled=halves.recalled)
+        tried = [tuning.STANDARD] if tier is Tier.STANDARD else tuning.variants(plan, device)
+        made, trials = tuning.tune(plan, manifest, here, tried)
+        members |= {FORWARD: made.forward, BACKWARD: made.backward}
+        manifest = replace(manifest, variant=made.variant.name, recalled=made.recalled, trials=trials)
     return pack(manifest, members)
 
 

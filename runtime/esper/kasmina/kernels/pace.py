@@ -16,17 +16,56 @@ import math
 from bisect import bisect
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from esper.kasmina.signature import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from esper.kasmina.blueprints.plan import Plan
     from esper.kasmina.kernels.signing import Statement
 
-__all__ = ["SHAPE_CLASSES", "Pace", "Shape", "score"]
+__all__ = ["Pace", "Shape", "nominal_extents", "score", "shape_classes"]
 
-SHAPE_CLASSES = ("small", "nominal", "large")
-"""Names of the classes in the figures of a verdict, `latency.<class>.…`; see `esper.urabrask.gauntlet.subject`."""
+_CLASSES: Mapping[str, Mapping[Layout, tuple[int, ...]]] = MappingProxyType(
+    {
+        "small": {Layout.VECTOR: (8,), Layout.SEQUENCE: (1, 16), Layout.IMAGE: (1, 4, 4)},
+        "nominal": {Layout.VECTOR: (256,), Layout.SEQUENCE: (16, 64), Layout.IMAGE: (16, 8, 8)},
+        "large": {Layout.VECTOR: (4096,), Layout.SEQUENCE: (32, 128), Layout.IMAGE: (32, 16, 16)},
+    }
+)
+"""Name in the figures of a verdict, `latency.<class>.…`, and extents that stand for the class."""
+_ELEMENTS = 1 << 20
+_FLOPS: Mapping[str, float] = MappingProxyType({"nominal": 5e7, "large": 1.5e8})
+"""Elements of an input, and operations of a forward over it, at most: beyond either the batch shrinks, so that wide
+kernels are judged in about the time of narrow ones (5e7 operations take 5 to 10 ms on one core)."""
+
+
+def nominal_extents(plan: Plan) -> tuple[int, ...]:
+    """Extents, all but the features, of an input of usual size."""
+    return _within(plan, "nominal")
+
+
+def shape_classes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Extents at which the speed of a kernel is judged; each class has more positions than the one before."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in _CLASSES:
+        extents = _within(plan, name)
+        if not found or math.prod(extents) > max(math.prod(other) for other in found.values()):
+            found[name] = extents
+    return found
+
+
+def _within(plan: Plan, name: str) -> tuple[int, ...]:
+    signature = plan.signature
+    batch, *rest = _CLASSES[name][signature.layout]
+    if name not in _FLOPS:
+        return (batch, *rest)
+    wide = max(signature.in_features, signature.out_features)
+    room = min(_ELEMENTS / wide, _FLOPS[name] / max(plan.flops, 1.0)) / math.prod(rest)
+    return (max(2, min(batch, int(room))), *rest)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,7 +115,7 @@ class Pace:
 
 def _shapes(figures: Mapping[str, float]) -> list[Shape]:
     found = []
-    for name in SHAPE_CLASSES:
+    for name in _CLASSES:
         parts = [figures.get(f"latency.{name}.{part}") for part in ("positions", "step.ratio", "forward.ratio")]
         if all(part is not None and part > 0 for part in parts):
             positions, step, forward = (part for part in parts if part is not None)

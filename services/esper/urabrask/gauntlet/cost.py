@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from esper.kasmina.kernels.kernel import Kernel, KernelModule
+from esper.kasmina.kernels.pace import shape_classes
 from esper.kasmina.kernels.timing import Step, interleaved, paired
 from esper.urabrask.checks import LATENCY_CEILING, LATENCY_FLOOR_US, MEMORY_CEILING, MEMORY_FLOOR_BYTES
 from esper.urabrask.gauntlet.subject import Refuted, Subject
@@ -90,7 +91,7 @@ def latency(subject: Subject, figures: Figures) -> str:
     if subject.kernel is not running:
         _times(subject, subject.kernel, subject.nominal_extents, 0.0)
     # What runs of a portable kernel is eager itself: there is nothing to be told apart by shape.
-    classes = subject.shape_classes if running.compiled else {"nominal": subject.nominal_extents}
+    classes = shape_classes(subject.plan) if running.compiled else {"nominal": subject.nominal_extents}
     said = []
     for name, extents in classes.items():
         times = _times(subject, running, extents, _BUDGET_S[name])
@@ -107,7 +108,12 @@ def latency(subject: Subject, figures: Figures) -> str:
 
 def _times(subject: Subject, kernel: Kernel, extents: Sequence[int], budget_s: float) -> dict[str, list[float]]:
     ours, eager = _steps(subject, kernel, extents)
-    works = {"forward": ours.infer, "eager.forward": eager.infer, "step": ours, "eager.step": eager}
+    works: dict[str, Callable[[], object]] = {
+        "forward": ours.infer,
+        "eager.forward": eager.infer,
+        "step": ours,
+        "eager.step": eager,
+    }
     times = interleaved(works, budget_s=budget_s, least=_MIN_REPEATS, most=_MAX_REPEATS)
     # A refusal is final, so it goes by the fastest repeats: a disturbance slows, it never speeds up.
     best = {what: min(values) for what, values in times.items()}

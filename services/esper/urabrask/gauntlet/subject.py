@@ -15,6 +15,7 @@ from torch import Tensor
 from esper.kasmina.blueprints.module import BlueprintModule, initial_parameters, torch_dtype
 from esper.kasmina.blueprints.plan import Plan
 from esper.kasmina.kernels.kernel import Kernel, KernelModule
+from esper.kasmina.kernels.pace import nominal_extents
 from esper.kasmina.signature import Layout, Signature
 
 __all__ = ["Refuted", "Subject", "deviation", "finite", "rms", "same_bits"]
@@ -26,22 +27,6 @@ _EXTENTS: Mapping[Layout, tuple[tuple[int, ...], ...]] = {
     Layout.IMAGE: ((1, 1, 1), (1, 4, 4), (2, 5, 3), (3, 1, 7), (7, 6, 6), (41, 2, 2)),
 }
 _GENERIC: Mapping[Layout, tuple[int, ...]] = {Layout.VECTOR: (5,), Layout.SEQUENCE: (3, 7), Layout.IMAGE: (3, 5, 6)}
-_NOMINAL: Mapping[Layout, tuple[int, ...]] = {
-    Layout.VECTOR: (256,),
-    Layout.SEQUENCE: (16, 64),
-    Layout.IMAGE: (16, 8, 8),
-}
-_SMALL: Mapping[Layout, tuple[int, ...]] = {Layout.VECTOR: (8,), Layout.SEQUENCE: (1, 16), Layout.IMAGE: (1, 4, 4)}
-_LARGE: Mapping[Layout, tuple[int, ...]] = {
-    Layout.VECTOR: (4096,),
-    Layout.SEQUENCE: (32, 128),
-    Layout.IMAGE: (32, 16, 16),
-}
-_NOMINAL_ELEMENTS = 1 << 20
-_NOMINAL_FLOPS = 5e7
-_LARGE_FLOPS = 1.5e8
-"""Elements of a nominal input, and operations of a forward over it, at most: beyond either the batch shrinks, so that
-wide kernels are judged in about the time of narrow ones (5e7 operations take 5 to 10 ms on one core)."""
 
 
 class Refuted(Exception):
@@ -81,20 +66,7 @@ class Subject:
     @property
     def nominal_extents(self) -> tuple[int, ...]:
         """Extents at which cost is measured."""
-        return self._within(_NOMINAL[self.signature.layout], _NOMINAL_FLOPS)
-
-    @property
-    def shape_classes(self) -> dict[str, tuple[int, ...]]:
-        """Extents at which speed is judged, by the names of `esper.kasmina.kernels.pace`; each has more positions."""
-        found = {"small": _SMALL[self.signature.layout], "nominal": self.nominal_extents}
-        large = self._within(_LARGE[self.signature.layout], _LARGE_FLOPS)
-        return found if math.prod(large) <= math.prod(self.nominal_extents) else found | {"large": large}
-
-    def _within(self, extents: tuple[int, ...], flops: float) -> tuple[int, ...]:
-        batch, *rest = extents
-        wide = max(self.signature.in_features, self.signature.out_features)
-        room = min(_NOMINAL_ELEMENTS / wide, flops / max(self.plan.flops, 1.0)) / math.prod(rest)
-        return (max(2, min(batch, int(room))), *rest)
+        return nominal_extents(self.plan)
 
     def shape(self, extents: Sequence[int], features: int) -> tuple[int, ...]:
         """Extents and features as the layout orders them."""
