@@ -23,8 +23,8 @@ from esper.kasmina.control import (
     RunHello,
     Stage,
 )
-from esper.kasmina.kernels.attempt import portable_gradients
 from esper.kasmina.kernels import Compiled
+from esper.kasmina.kernels.attempt import portable_gradients
 from esper.kasmina.kernels.load import load_candidate
 from esper.kasmina.local import LocalPlane
 from esper.tolaria.rundir import RunDir
