@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup system demo test coverage check format gen serve clean bench docs-compatibility docs-performance \
+.PHONY: help setup system demo test coverage check format gen serve clean bench docs-compatibility docs-faults docs-performance faults \
         bench-cache bench-contracts bench-control bench-growth bench-kasmina bench-mesh bench-ops bench-tamiyo
 
 help: ## this list
@@ -80,8 +80,14 @@ bench-ops: setup ## bandwidth of the device operations against a device copy, as
 bench-tamiyo: setup ## latency of decisions, as JSON lines
 	$(BIN)/python -m loadtests.bench_tamiyo
 
+faults: setup ## inject every fault into a training run and print what it costs, as JSON lines
+	$(BIN)/python -m loadtests.faults
+
 docs-compatibility: setup ## judge every architecture of the zoo and write docs/compatibility.md
 	$(BIN)/python -m loadtests.write_compatibility
+
+docs-faults: setup ## inject every fault and write docs/faults.md
+	$(BIN)/python -m loadtests.write_faults
 
 docs-performance: setup ## run every benchmark and write docs/performance.md from what they print
 	$(BIN)/python -m loadtests.write_performance

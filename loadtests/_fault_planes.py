@@ -330,7 +330,8 @@ def _cached(change: Callable[[], Any], fetch: Callable[[str], Any]) -> tuple[Tri
             for _ in range(3):
                 time.sleep(0.02)
                 trial.step(1)
-                trial.boundary(Action.ADVANCE, to_stage=Stage.GRAFTING)
+                if trial.stage == "LOADING":
+                    trial.boundary(Action.ADVANCE, to_stage=Stage.GRAFTING)
             plane.finish()
 
     return Trial(plane), script

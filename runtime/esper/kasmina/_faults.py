@@ -42,6 +42,8 @@ __all__ = ["FaultDesk"]
 _log = get_logger("esper.kasmina.growth")
 _LEARNT = 5
 """Steps from which the usual time of a seed is known."""
+_SAID = {": raised ": FaultKind.RAISED, "not finite": FaultKind.NOT_FINITE}
+"""What a kernel says of its compiled code, and the kind of fault that it is; any other is one of form."""
 _USUAL = 10.0
 """Times the usual that count as slow."""
 
@@ -130,7 +132,7 @@ class FaultDesk:
         why = getattr(run.kernel, "fault", "")
         if why and run.kernel is not None:
             run.kernel.fault = ""  # type: ignore[attr-defined]  # it has one
-            kind = FaultKind.RAISED if "raised" in why else FaultKind.FORM
+            kind = next((kind for words, kind in _SAID.items() if words in why), FaultKind.FORM)
             self._use_portable(run, Fault(kind, why))
 
     def _found(self, run: SeedRun, step_s: float | None, *, finite: bool) -> Fault | None:

@@ -184,8 +184,7 @@ class Guard:
         if isinstance(error, _Unsound):
             self.fault = error.fault
         else:
-            kind = FaultKind.FORM if isinstance(error, _FormError) else FaultKind.RAISED
-            self.fault = Fault(kind, f"{type(error).__name__}: {error}")
+            self.fault = Fault(FaultKind.RAISED, f"{type(error).__name__}: {error}")
         self.fresh = True
 
     def repeats(self, error: Exception) -> bool:
@@ -206,18 +205,15 @@ class Guard:
         return spent
 
 
-class _FormError(ValueError):
-    """A change of the wrong shape."""
-
-
 def check_shape(delta: Tensor, y: Tensor) -> None:
     """Refuse a change that is not of the host's shape.
 
     Raises:
-        ValueError: it is not.
+        _Unsound: it is not.
     """
     if delta.shape != y.shape:
-        raise _FormError(f"expected a change of the shape {tuple(y.shape)}, found {tuple(delta.shape)}")
+        found = f"expected a change of the shape {tuple(y.shape)}, found {tuple(delta.shape)}"
+        raise _Unsound(Fault(FaultKind.FORM, found))
 
 
 class _Gate(torch.autograd.Function):

@@ -267,7 +267,7 @@ class Lifecycle:
         )
         run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
         fall_back = getattr(run.kernel, "fall_back", None)
-        if not run.birth_finite and fall_back is not None and fall_back("not finite: on its first trial"):
+        if not run.birth_finite and fall_back is not None and fall_back("first trial: not finite"):
             run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
         if run.birth == "zero" and not silent:
             raise Conflict(

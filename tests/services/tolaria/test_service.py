@@ -272,11 +272,13 @@ async def test_training_outlives_the_service_and_is_found_again(tmp_path):
         assert "ResumeRun" in gone.error
         await client.resume(run.id)
         await client.until_step(run.id, before.progress.step)
+        while (mark := service.orchestrator.store.record(run.id).process) is None:  # noqa: ASYNC110  # see below
+            await asyncio.sleep(0.05)
         # One that a kernel took down is followed by another at once.
         folder = service.orchestrator.store.run_dir(run.id).path
         (folder / "flight").write_text(f"sha256:{'ab' * 32} forward\n")
         (folder / "stacks.txt").write_text("Fatal Python error: Segmentation fault")
-        os.kill(service.orchestrator.store.record(run.id).process.pid, signal.SIGKILL)
+        os.kill(mark.pid, signal.SIGKILL)
         while service.orchestrator.store.record(run.id).attempt < 3:  # noqa: ASYNC110  # a supervisor's look sets no event
             await asyncio.sleep(0.05)
         await client.until_step(run.id, before.progress.step)
