@@ -15,7 +15,7 @@ from esper.mesh.errors import Corrupt, from_rpc_error
 from esper.urabrask.board import Judgement
 from esper.urabrask.convert import candidate_from_proto, key_to_proto, seconds, verdict_to_proto
 from esper.urabrask.engine import Candidate
-from esper.v1 import lease_pb2, urza_service_pb2, urza_service_pb2_grpc
+from esper.v1 import kernel_pb2, lease_pb2, urza_service_pb2, urza_service_pb2_grpc
 
 __all__ = ["Library", "Task", "UrzaLibrary"]
 
@@ -68,7 +68,7 @@ def _errors() -> Iterator[None]:
 
 
 class UrzaLibrary:
-    """`Library` over gRPC.
+    """`Library`, and the `Archive` of a recall, over gRPC.
 
     Args:
         channel: to Urza, with the engine's identity.
@@ -121,6 +121,19 @@ class UrzaLibrary:
             async for chunk in _chunks(call):
                 assembler.add(chunk)
         return assembler.finish()
+
+    async def served(self, kernel_id: str) -> Candidate | None:
+        """See `Archive`."""
+        with _errors():
+            response = await self._stub.GetKernel(urza_service_pb2.GetKernelRequest(kernel=kernel_id))
+        serving = response.kernel.state in {kernel_pb2.KERNEL_STATE_VALIDATED, kernel_pb2.KERNEL_STATE_ARCHIVED}
+        return candidate_from_proto(response.kernel) if serving else None
+
+    async def quarantine(self, kernel_id: str, reason: str) -> None:
+        """See `Archive`."""
+        request = urza_service_pb2.QuarantineKernelRequest(kernel_id=kernel_id, reason=reason)
+        with _errors():
+            await self._stub.QuarantineKernel(request)
 
     async def complete(self, lease_id: str, judgement: Judgement) -> None:
         """See `Library`."""

@@ -17,6 +17,7 @@ from esper.urabrask.checks import CHECKS
 from esper.urabrask.engine import Engine
 from esper.urabrask.keys import KeyRing
 from esper.urabrask.library import UrzaLibrary
+from esper.urabrask.recall import Recall
 from esper.urabrask.servicer import UrabraskServicer
 from esper.v1 import urabrask_service_pb2_grpc
 
@@ -50,6 +51,10 @@ class Config(Section):
 
     download_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 120.0
     """Seconds that a download may take."""
+
+    recall_runs: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Different runs in which a validated kernel must have failed for it to be quarantined although the gauntlet finds
+    nothing when it examines it again; 0 never does. One that fails the gauntlet is quarantined at the first report."""
 
     drain_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 3.0
     """Seconds that a running evaluation gets at shutdown before its kernel is handed back."""
@@ -90,6 +95,7 @@ class UrabraskService(Service):
         self.engine = Engine(self.pool, keys, attempts=config.attempts, clock=context.clock)
         self._servicer = UrabraskServicer(lambda: self.engine, self.board, context.drain)
         self._bench: Bench | None = None
+        self._recall: Recall | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the handlers."""
@@ -113,14 +119,22 @@ class UrabraskService(Service):
             clock=self._context.clock,
         )
         self._bench.start()
+        self._recall = Recall(
+            self.engine, library, self._context.channel("oona"), runs=config.recall_runs, drain=self._context.drain
+        )
+        self._recall.start()
 
     async def drain(self) -> None:
         """Finish or hand back what is being judged."""
+        if self._recall is not None:
+            await self._recall.stop()
         if self._bench is not None:
             await self._bench.stop()
 
     async def close(self) -> None:
         """End the sandboxes."""
+        if self._recall is not None:
+            await self._recall.stop()
         if self._bench is not None:
             await self._bench.stop()
         await self.pool.close()

@@ -15,6 +15,7 @@ from esper.mesh.errors import from_rpc_error
 from esper.mesh.identity import Role
 from esper.mesh.testing import channel_as, serve, service_context
 from esper.urabrask.convert import seconds
+from esper.urabrask.library import UrzaLibrary
 from esper.urabrask.service import Config, build
 from esper.v1 import (
     blob_pb2,
@@ -64,7 +65,10 @@ class Mesh:
         channel = await self.stack.enter_async_context(channel_as(self.urza_server, Role.URABRASK, "urabrask"))
         self.drain = asyncio.Event()
         context = service_context(
-            "urabrask", self.tmp_path / "urabrask", channel=lambda name: {"urza": channel}[name], drain=self.drain
+            "urabrask",
+            self.tmp_path / "urabrask",
+            channel=lambda name: {"urza": channel, "oona": channel}[name],
+            drain=self.drain,
         )
         self.service = await build(Config(**self.config), context)
         server = serve(self.service, drain=self.drain)
@@ -157,6 +161,14 @@ async def test_kernel_is_validated_end_to_end(mesh_of):
     assert "does not fit the statement" in (await verify(forged)).reasons[0]
     forged.statement = b"{}"
     assert 2 == len((await verify(forged)).reasons)
+
+    # ... and takes it back where it does not hold.
+    async with channel_as(mesh.urza_server, Role.URABRASK, "urabrask") as channel:
+        archive = UrzaLibrary(channel, max_bundle_bytes=1 << 20, download_s=10.0)
+        candidate = await archive.served(kernel_id)
+        assert sound() == await archive.download(candidate)
+        await archive.quarantine(kernel_id, "failed in a run")
+        assert await archive.served(kernel_id) is None
 
     # ... and tells it to watchers, whose stream ends at the drain.
     watch = mesh.engine.WatchVerdicts(urabrask_service_pb2.WatchVerdictsRequest())
