@@ -227,11 +227,75 @@ def test_state_survives_the_optimizers_own() -> None:
     assert 1 == len(optimizer.param_groups)
 
 
-def test_optimizers_with_one_group() -> None:
-    """LBFGS is named as unfit, others are not."""
-    model = nn.Linear(1, 1)
-    assert "LBFGS" in NewbornGroups(torch.optim.LBFGS(model.parameters())).unfit()
-    assert not NewbornGroups(torch.optim.Adam(model.parameters())).unfit()
+def test_optimizers_that_can_not_take_newborns() -> None:
+    """They are named, with the reason; others are not."""
+    weight = [nn.Linear(1, 1).weight]
+    assert "LBFGS takes one parameter group" in NewbornGroups(torch.optim.LBFGS(weight)).unfit()
+    assert "SparseAdam takes sparse gradients" in NewbornGroups(torch.optim.SparseAdam(weight)).unfit()
+    assert "Muon takes matrices" in NewbornGroups(torch.optim.Muon(weight)).unfit()
+    assert not NewbornGroups(torch.optim.Adam(weight)).unfit()
+
+
+class _Around(torch.optim.Optimizer):
+    """What accelerate puts around an optimizer: the same groups, the same state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, object]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> dict[str, object]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def step(self, closure: object = None) -> None:
+        self.optimizer.step()
+
+
+def test_schedulers_of_something_around_the_optimizer() -> None:
+    """A scheduler may hold what a framework has put around the optimizer."""
+    model, optimizer = _host()
+    around = _Around(optimizer)
+    scheduler = schedules.LambdaLR(around, lambda e: 0.5**e)
+    groups = NewbornGroups(optimizer)
+    newborn = _add(groups, model)
+    for _ in range(2):
+        _step(model, around, newborn)
+        scheduler.step()
+    assert (pytest.approx(0.025), pytest.approx(0.15)) == tuple(group["lr"] for group in optimizer.param_groups)
+
+
+def test_schedulers_made_of_schedulers() -> None:
+    """Schedulers that see the host's groups alone can still be put together, and asked for their optimizer."""
+    model, optimizer = _host()
+    first, second = schedules.LinearLR(optimizer, total_iters=2), schedules.ExponentialLR(optimizer, 0.5)
+    groups = NewbornGroups(optimizer)
+    newborn = _add(groups, model)
+    assert isinstance(first.optimizer, torch.optim.SGD)
+    assert first.optimizer == optimizer == second.optimizer
+    assert {first.optimizer, second.optimizer} == {optimizer}
+    both = schedules.SequentialLR(optimizer, [first, second], [2])
+    late = schedules.StepLR(first.optimizer, 2)
+    for scheduler in (both, late):
+        _step(model, optimizer, newborn)
+        scheduler.step()
+    assert 2 == len(optimizer.param_groups)
+
+
+def test_schedulers_made_before_the_first_step_of_a_resumed_run() -> None:
+    """A scheduler that is made when the groups are back, and given the state that it had, goes on."""
+    model, optimizer = _host()
+    groups = NewbornGroups(optimizer)
+    saved = schedules.LambdaLR(optimizer, lambda e: 0.5**e).state_dict()
+    newborn = _add(groups, model)
+    groups.restore(groups.document()[0], None)
+    scheduler = schedules.LambdaLR(optimizer, lambda e: 0.5**e)
+    scheduler.load_state_dict(saved)
+    _step(model, optimizer, newborn)
+    scheduler.step()
+    assert pytest.approx(0.05) == optimizer.param_groups[0]["lr"]
 
 
 def test_no_warning_from_schedulers() -> None:

@@ -174,6 +174,11 @@ class SeedModule(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._tap = register_tap(self)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """With an alpha of its own: that of the module may share its memory with those of all seeds."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}alpha"] = destination[f"{prefix}alpha"].clone()
+
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-forward hook at the first module of a span: remember x."""
         self._x, self._used, self._cut = (first_tensor(args, kwargs),), False, False

@@ -182,6 +182,9 @@ class NewbornGroups:
         named = "param_names" in like
         group["params"] = list(parameters) if named else [p for _, p in parameters]
         group |= {MARK: seed, "lr": _copy(like["lr"])}
+        if "initial_lr" in like:
+            # Schedulers that are made later take it from every group that they are shown.
+            group["initial_lr"] = _copy(like["initial_lr"])
         if "weight_decay" in group:
             group["weight_decay"] = 0.0
         self.optimizer.add_param_group(group)
