@@ -72,13 +72,13 @@ class Structure:
         """Have a deep copy of the host follow every change; the answer ends that.
 
         Args:
-            copy: made by ``copy.deepcopy`` of the host, now or earlier in its present shape.
+            copy: made by ``copy.deepcopy`` of the host, at any time; the seeds that it lacks it gets now.
             runs: the lives that are not over, in the order of their hooks.
         """
         twins = _Twins(copy)
         for run in runs:
             if run.attachment is not None:
-                twins.adopt(run.site)
+                twins.adopt(run.site, run.attachment.seed)
         return self.listen(twins.changed)
 
     def tell(self, kind: ChangeKind, run: SeedRun, stage: Stage, parameters: tuple[str, ...]) -> None:
@@ -103,17 +103,26 @@ class _Twins:
         self._copy = copy
         self._attachments: dict[int, Attachment] = {}
 
-    def adopt(self, site: Site) -> None:
+    def adopt(self, site: Site, seed: SeedModule) -> None:
         """Take over a seed that was copied with the host: its hooks came along, the handles to remove them did not."""
         target, source = self._copy.get_submodule(site.target), self._copy.get_submodule(site.source)
         owner, name = owner_of(target), child_name(site.index)
-        seed = owner.get_submodule(name)
-        assert isinstance(seed, SeedModule)
+        twin = getattr(owner, name, None)
+        if twin is None:
+            self._attach(site, seed)
+            return
         for hooks in (target._forward_hooks, source._forward_pre_hooks):  # noqa: SLF001  # no public way to list them
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is seed]:
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is twin]:
                 del hooks[key]
         delattr(owner, name)
-        self._attachments[site.index] = Attachment.attach(self._copy, site, seed)
+        self._attachments[site.index] = Attachment.attach(self._copy, site, twin)
+
+    def _attach(self, site: Site, seed: SeedModule) -> None:
+        twin = copying.deepcopy(seed)
+        # The host's is a view of what all seeds share on the device.
+        twin.alpha = seed.alpha.detach().clone()
+        device = next((p.device for p in self._copy.get_submodule(site.target).parameters()), None)
+        self._attachments[site.index] = Attachment.attach(self._copy, site, twin.to(device))
 
     def changed(self, change: Change, run: SeedRun) -> None:
         """Do to the copy what was done to the host."""
@@ -125,10 +134,7 @@ class _Twins:
         assert run.attachment is not None
         seed = run.attachment.seed
         if change.kind is ChangeKind.ATTACHED:
-            twin = copying.deepcopy(seed)
-            # The host's is a view of what all seeds share on the device.
-            twin.alpha = seed.alpha.detach().clone()
-            self._attachments[run.index] = Attachment.attach(self._copy, run.site, twin)
+            self._attach(run.site, seed)
         twin = self._attachments[run.index].seed
         twin.mode = seed.mode
         twin.alpha.copy_(seed.alpha)

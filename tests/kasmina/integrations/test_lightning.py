@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -178,6 +178,38 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         same(values(whole), values(host))
         assert 5 == resumed.growth.boundaries
         assert [s.boundary for s in again.states] == list(range(epochs + 1, 6))
+
+
+def test_averages_follow_and_resume(tmp_path: Path) -> None:
+    """Lightning's own average of the weights gets the newborn, and both come back from a checkpoint."""
+    found, kernels = [], {}
+    for path in (None, tmp_path / "epoch=1.ckpt"):
+        plane, host = Script(), Host()
+        plane.kernels.update(kernels)
+        callbacks: list[pl.Callback] = [EMAWeightAveraging(decay=0.9)]
+        if path is None:
+            callbacks.append(ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
+        trainer = _trainer(tmp_path, _callback(plane), 3, callbacks=callbacks, enable_checkpointing=path is None)
+        trainer.fit(host, *_loaders(), ckpt_path=path)
+        kernels = plane.kernels
+        # When training is over, the module has the averaged values.
+        found.append(values(host))
+    assert any("esper_seed_" in name for name in found[0])
+    same(*found)
+
+
+def test_metrics_keep_their_counts(tmp_path: Path) -> None:
+    """A validation that is repeated to measure a seed leaves metrics, modes and logs as they were."""
+    callback, host = _callback(), Host()
+    trainer = _trainer(tmp_path, callback, 1)
+    trainer.fit(host, *_loaders())
+    before = {name: value.clone() for name, value in host.accuracy.metric_state.items()}
+    count, log = host.accuracy._update_count, host.log
+    losses = callback._validate(trainer, host)["loss"]
+    assert 4 == len(losses)
+    same(before, host.accuracy.metric_state)
+    assert (count, log) == (host.accuracy._update_count, host.log)
+    assert host.training
 
 
 def test_testing_a_checkpoint_of_another_shape(tmp_path: Path) -> None:

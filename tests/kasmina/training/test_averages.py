@@ -108,8 +108,9 @@ def test_newborns_are_averaged(birth: str) -> None:
 
 
 def test_a_copy_that_was_made_of_a_grown_host() -> None:
-    """A copy with seeds in it follows as well, with the values that it has; hooks keep their order."""
+    """A copy with seeds in it follows as well, with the values that it has; one that has none yet gets them."""
     run = Run()
+    bare = copy.deepcopy(run.model)
     run.germinate(to=S.GRAFTING)
     run.steps(3)
     twin = copy.deepcopy(run.model)
@@ -119,6 +120,8 @@ def test_a_copy_that_was_made_of_a_grown_host() -> None:
     before = twin(run.held_out[0])
     run.growth.follow(twin)
     assert torch.equal(before, twin(run.held_out[0]))
+    run.growth.follow(bare)
+    assert list(run.model.state_dict()) == list(bare.state_dict())
     run.kernel("zero", "head", "series", id=OTHER)
     series = run.site("head", "series")
     run.boundary(run.decide(Action.GERMINATE, series, kernel=choice(OTHER), to_stage=S.GRAFTING))

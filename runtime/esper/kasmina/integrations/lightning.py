@@ -26,6 +26,7 @@ from esper.mesh.logging import get_logger
 
 try:
     from lightning.pytorch import Callback, LightningModule
+    from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics import Metric
@@ -93,6 +94,8 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # lightning is not follow
         )
         self._found: str | None = module
         self._state: Mapping[str, Any] | None = None
+        self._averaged: dict[str, Tensor] = {}
+        """Averages of seeds that a checkpoint held."""
         self._watched: list[RemovableHandle] = []
         self._steps = 0
         self._undo: Callable[[], None] = lambda: None
@@ -137,8 +140,11 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # lightning is not follow
         if trainer.state.fn == TrainerFn.FITTING:
             self._state = found or None
             # They come back with their values when the optimizer is there.
-            for name in seeds:
-                del weights[name]
+            current = checkpoint.get("current_model_state", {})
+            taken = {name: weights.pop(name) for name in seeds}
+            self._averaged = taken if current else {}
+            for name in filter(is_of_a_seed, list(current)):
+                del current[name]
         elif found:
             self._session.structure(_submodule(pl_module, found["module"]), found["growth"])
 
@@ -181,13 +187,19 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # lightning is not follow
         def validate() -> dict[str, list[float]]:
             return self._validate(trainer, pl_module)
 
-        self._session.begin(
+        growth = self._session.begin(
             _submodule(pl_module, name),
             unwrapped(trainer.optimizers[0]),
             state,
             validate=validate if trainer.enable_validation else None,
             total_steps=steps if isinstance(steps, int) and steps > 0 else None,
         )
+        for callback in trainer.callbacks:
+            # The average is a copy of the whole module, by no other name than this.
+            average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
+            if average is not None:
+                growth.follow(_submodule(average.module, name))
+                average.module.load_state_dict(self._averaged, strict=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Deliver what is buffered also where training fails."""
