@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from esper.kasmina import wrap
 from esper.kasmina.control import Stage
 from esper.mesh.errors import InvalidInput
 from tests.kasmina.hosts import blobs, mlp
@@ -207,10 +208,7 @@ def test_training_twice_and_failures(tmp_path: Path) -> None:
         late.train()
 
 
-def test_a_language_model_with_recomputation(tmp_path: Path) -> None:
-    """A Llama with tied weights and activation checkpointing grows a block, is saved, and resumes exactly."""
-    tokens = torch.randint(0, 40, (16, 12), generator=torch.Generator().manual_seed(0))
-    rows = Rows(input_ids=tokens, labels=tokens)
+def _llama() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,
@@ -221,6 +219,50 @@ def test_a_language_model_with_recomputation(tmp_path: Path) -> None:
         max_position_embeddings=16,
         tie_word_embeddings=True,
     )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["model.layers.1", "model.layers.0.mlp", "model.layers.0..model.layers.1"])
+def test_recomputation_that_the_model_enables(reentrant: bool, site: str) -> None:
+    """With the model's own switch for activation checkpointing, outputs and gradients are those without it."""
+    model, plane = _llama(), Script(site)
+    tokens = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    growth = wrap(model, optimizer, mesh=plane, **(OPTIONS | {"causal": True}))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), **found}
+
+    gradients()
+    optimizer.step()
+    growth.step(1.0)
+    growth.boundary({"loss": 1.0})
+    assert S.GRAFTING is growth.life.stage(plane.seed)
+    with torch.no_grad():
+        for p in growth.life.runs[plane.seed].module.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(1))
+    wanted = gradients()
+    assert any("esper_seed_" in name for name in wanted)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = gradients()
+    assert list(wanted) == list(found)
+    different = {name for name in wanted if not torch.allclose(wanted[name], found[name], atol=1e-5)}
+    # What a span that crosses reentrant borders does not reach: what stands before it.
+    crossing = reentrant and ".." in site
+    assert {"model.embed_tokens.weight"} >= different if crossing else not different
+    growth.close()
+
+
+def test_a_language_model_with_recomputation(tmp_path: Path) -> None:
+    """A Llama with tied weights and activation checkpointing grows a block, is saved, and resumes exactly."""
+    tokens = torch.randint(0, 40, (16, 12), generator=torch.Generator().manual_seed(0))
+    rows = Rows(input_ids=tokens, labels=tokens)
     options = {
         "train": rows,
         "held_out": rows,
@@ -231,8 +273,7 @@ def test_a_language_model_with_recomputation(tmp_path: Path) -> None:
     }
     found, kernels = [], {}
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = _llama()
         plane = Script("model.layers.0")
         plane.kernels.update(kernels)
         callback = _callback(plane, causal=True)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from esper.kasmina._losses import LossReader
 from esper.kasmina._steps import StepWatch
-from esper.kasmina.control import Stage
+from esper.kasmina.blueprints import Birth, get
+from esper.kasmina.control import Action, Stage
 from esper.kasmina.isolation import IsolationTrainer
+from esper.kasmina.kernels import Tier, kernel_id_of, load_candidate
+from esper.kasmina.kernels.build import build
 from esper.kasmina.newborn import NewbornGroups
 from esper.kasmina.spikes import SpikeDetector
-from tests.kasmina.hosts import TinyDelta, vector
+from tests.kasmina.hosts import TinyDelta, choice, vector
 from tests.kasmina.test_isolation import _captures
 from tests.kasmina.training.tools import CastDelta, Lion, Tool, ToolRun, autocast
 
@@ -149,4 +152,20 @@ def test_an_optimizer_that_never_steps() -> None:
     run.boundary(metrics={})
     assert 0 == run.growth.steps
     assert "no optimizer step was seen" in "".join(run.growth._said)
+    run.growth.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_of_the_library_under_autocast(dtype: torch.dtype) -> None:
+    """A real kernel trains in isolation on half-precision activations, ramps, and learns, in its own type."""
+    tool = Tool(update=autocast(dtype), scale=None if dtype is torch.bfloat16 else 2.0**12)
+    run = ToolRun(tool, isolation_learning_rate=1e-2, parameter_budget=5000)
+    run.steps()
+    signature = run.growth.sites[run.site()].descriptor.signature
+    bundle = build(get("bottleneck_mlp").with_birth(Birth.RANDOM), signature, Tier.PORTABLE)
+    kernel = load_candidate(bundle, kernel_id_of(bundle))
+    run.plane.kernels[kernel.id] = kernel
+    run.boundary(run.decide(Action.GERMINATE, kernel=choice(kernel.id, steps=8, scale=1.0)))
+    assert S.STABILIZING is run.advance(S.STABILIZING)
+    assert 0 == run.growth.counters["failed_step"] + run.growth.counters["kernel_failures"]
     run.growth.close()

@@ -184,6 +184,8 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         del args, state, control, kwargs
         if self._trainer is None:
             raise InvalidInput("GrowthCallback: expected in Trainer(callbacks=[...]), found it added later")
+        if self._left_out is not None:
+            raise InvalidInput("GrowthCallback: expected the Trainer to call create_scheduler(), found it replaced")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
