@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from esper.kasmina.control import Stage
 from esper.kasmina.integrations.lightning import GrowthCallback
 from esper.mesh.errors import InvalidInput
+from examples import lightning_loop
 from tests.kasmina.hosts import blobs, mlp
 from tests.kasmina.integrations.script import OPTIONS, Script, same, values
 from tests.kasmina.training.tools import CastDelta
@@ -297,6 +298,13 @@ def test_refusals_and_failures(tmp_path: Path) -> None:
     _trainer(tmp_path, _callback(Script()), 2, callbacks=[keep], enable_checkpointing=True).fit(Host(), *_loaders())
     with pytest.raises(InvalidInput, match="save_weights_only=True"):
         _trainer(tmp_path, _callback(), 3).fit(Host(), *_loaders(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example trains to its end with no mesh at its address."""
+    monkeypatch.chdir(tmp_path)
+    lightning_loop.main("127.0.0.1:9", epochs=2)
+    assert "0 seeds not dormant" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "package"), [("lightning", "lightning.pytorch"), ("transformers", "transformers")])
