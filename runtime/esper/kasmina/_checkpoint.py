@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun, choice_document, choice_from_document
+from esper.kasmina._shards import gathered, reshard
 from esper.kasmina.breaker import Scope
 from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice, Stage
 from esper.kasmina.layout import SeedLayout
@@ -33,6 +34,11 @@ FORMAT = 2
 
 def save(growth: Growth) -> dict[str, Any]:
     """The whole session."""
+    found: dict[str, Any] = gathered(_save(growth))
+    return found
+
+
+def _save(growth: Growth) -> dict[str, Any]:
     life = growth.life
     return {
         "format": FORMAT,
@@ -168,6 +174,7 @@ def _obtain(growth: Growth, kernel_id: str, site: Site, source: Source) -> Kerne
 
 def clear(growth: Growth) -> None:
     life = growth.life
+    reshard(growth.model)
     for run in life.runs.values():
         life.take_out(run)
     life.runs.clear()

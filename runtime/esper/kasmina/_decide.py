@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from esper.kasmina import seeds
@@ -10,6 +11,7 @@ from esper.kasmina._plane import load_failure
 from esper.kasmina._seed import KernelLike, SeedRun
 from esper.kasmina.breaker import Scope
 from esper.kasmina.control import Action, Decision, Stage
+from esper.kasmina.distributed import ALONE, RankLost
 from esper.kasmina.seeds import Reason
 from esper.mesh.errors import Conflict, EsperError
 from esper.mesh.logging import get_logger
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina._lifecycle import Lifecycle
     from esper.kasmina._plane import GuardedPlane
+    from esper.kasmina.distributed import Ranks
 
 __all__ = ["Applied", "Decider"]
 
@@ -49,6 +52,8 @@ class Decider:
         plane: where kernels come from.
         record: makes the lineage entry of a new life.
         measure: measures the counterfactual of one seed, where held-out data can be evaluated.
+        ranks: who must carry out the same: a gate opens where it opens on every rank, and what fails on one rank is
+            undone on all.
     """
 
     def __init__(
@@ -58,8 +63,10 @@ class Decider:
         *,
         record: Callable[[Decision], dict[str, object]],
         measure: Callable[[SeedRun], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._life = life
+        self._ranks = ranks
         self._plane = plane
         self._record = record
         self._measure = measure
@@ -78,6 +85,8 @@ class Decider:
                 # A way that the table does not have was refused before anything moved.
                 if error.reason != "UNLAWFUL_TRANSITION":
                     self._give_up(decision.seed, error.public)
+            except RankLost:
+                raise
             except Exception as error:  # noqa: BLE001  # a wrong decision, or a kernel that fails here, must not stop training
                 reasons = [Reason("OTHER", load_failure(error))]
                 self._give_up(decision.seed, reasons[0].text)
@@ -123,11 +132,12 @@ class Decider:
         run.record["decisions"].append(_decision_document(decision))
         if action is Action.ADVANCE:
             return self._advance(run, decision.to_stage)
+        why = f"{decision.reason}: {decision.explanation}"
         if action is Action.CULL:
-            life.cull(run, f"{decision.reason}: {decision.explanation}", decision.embargo_boundaries)
+            self._ranks.together(lambda: life.cull(run, why, decision.embargo_boundaries))
             return []
         if action is Action.CANCEL:
-            life.cancel(run, f"{decision.reason}: {decision.explanation}")
+            self._ranks.together(lambda: life.cancel(run, why))
             return []
         return self._reopen(run, action, decision)
 
@@ -143,7 +153,7 @@ class Decider:
             return [Reason("TOO_SOON", f"seed {seed}: expected {closed} boundaries closed, found {passed}")]
         if operator:
             self._life.breakers.reset(Scope.SITE, run.site.key)
-        return self._life.release(seed) if action is Action.RELEASE else self._life.unlock(seed)
+        return self._agreed(partial(self._life.release if action is Action.RELEASE else self._life.unlock, seed))
 
     def _germinate(self, decision: Decision) -> list[Reason]:
         life, choice = self._life, decision.kernel
@@ -153,7 +163,7 @@ class Decider:
         if choice is None:
             return [Reason("OTHER", f"decision {decision.decision_id}: expected a kernel to germinate, found none")]
         site = life.sites[decision.seed]
-        reasons = life.sanity(choice, site)
+        reasons = self._agreed(lambda: life.sanity(choice, site))
         if reasons:
             return reasons
         run = SeedRun(site, choice, decision.boundary, self._record(decision))
@@ -169,24 +179,40 @@ class Decider:
         """Look for the kernel of a LOADING seed; a refused or unfit one cancels it."""
         if run.kernel is not None or self._life.stage(run.index) is not Stage.LOADING:
             return
+        found: list[KernelLike] = []
         try:
-            found = self._plane.kernel(run.choice.kernel_id)
+            here = self._ranks.together(lambda: self._look_for_kernel(run, found))
+        except RankLost:
+            raise
         except EsperError as error:
             run.failure = load_failure(error)
             self._life.cancel(run, run.failure)
             return
-        if found is None:
-            return
-        kernel: KernelLike = found  # type: ignore[assignment]  # the plane's contract; a liar is caught below
+        # Where it is not there yet on every rank, none begins.
+        if all(here):
+            self._life.take_kernel(run, found[0])
+
+    def _look_for_kernel(self, run: SeedRun, found: list[KernelLike]) -> bool:
+        """Put the kernel into `found`; False while it is on its way.
+
+        Raises:
+            EsperError: it was refused, or does not fit.
+        """
+        kernel = self._plane.kernel(run.choice.kernel_id)
+        if kernel is None:
+            return False
         try:
-            reasons = self._life.kernel_unfit(run, kernel)
+            reasons = self._life.kernel_unfit(run, kernel)  # type: ignore[arg-type]  # the plane's contract; a liar is caught here
         except (AttributeError, TypeError) as error:
-            reasons = [Reason("OTHER", f"expected a kernel, found {type(found).__name__}: {error}")]
+            reasons = [Reason("OTHER", f"expected a kernel, found {type(kernel).__name__}: {error}")]
         if reasons:
-            run.failure = "; ".join(map(str, reasons))
-            self._life.cancel(run, run.failure)
-        else:
-            self._life.take_kernel(run, kernel)
+            raise Conflict("; ".join(map(str, reasons)), reason="UNFIT")
+        found.append(kernel)  # type: ignore[arg-type]  # likewise
+        return True
+
+    def _agreed(self, ask: Callable[[], list[Reason]]) -> list[Reason]:
+        """The reasons of all ranks, each once."""
+        return list(dict.fromkeys(reason for reasons in self._ranks.together(ask) for reason in reasons))
 
     def _cancelled(self, run: SeedRun) -> list[Reason]:
         """Why the kernel could not be had, where that ended the seed."""
@@ -200,10 +226,12 @@ class Decider:
         if reasons := self._cancelled(run):
             return reasons
         for stage in seeds.forward_path(life.stage(run.index), target):
-            reasons = life.gate(run, stage)
+            reasons = self._agreed(partial(life.gate, run, stage))
             if reasons:
                 return reasons
-            life.advance(run, stage)
+            self._ranks.together(partial(life.advance, run, stage))
+            if stage is Stage.TRAINING:
+                self._ranks.spread([p.detach() for p in run.module.state_dict().values()])
             if stage is Stage.EVALUATING:
                 self._measure(run)
         return []

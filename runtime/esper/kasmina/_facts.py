@@ -130,4 +130,5 @@ def signals(run: SeedRun, groups: NewbornGroups, loss: Tensor | float | None, gr
         norm = groups.gradient_norm(run.index)
         newborn = None if norm is None else norm / max(1, run.parameters) ** 0.5
         host = None if gradient is None else gradient.rms
-    return Signals(loss=loss, drift=run.attachment.seed.ratio, newborn_gradient=newborn, host_gradient=host)
+    drift = run.attachment.seed.ratio if run.drift is None else run.drift
+    return Signals(loss=loss, drift=drift, newborn_gradient=newborn, host_gradient=host)

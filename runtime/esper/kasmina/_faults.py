@@ -55,9 +55,19 @@ class FaultDesk:
         life: the seeds.
         counters: shared with the session.
         tell: leaves an event.
+        shared: True where other ranks train the same: what one of them must do without is taken out of all (`taken`).
     """
 
-    def __init__(self, life: Lifecycle, counters: Counter[str], tell: Callable[[str, dict[str, object]], None]) -> None:
+    def __init__(
+        self,
+        life: Lifecycle,
+        counters: Counter[str],
+        tell: Callable[[str, dict[str, object]], None],
+        *,
+        shared: bool = False,
+    ) -> None:
+        self._shared = shared
+        self._unusable: dict[int, Fault] = {}
         self._life = life
         self._config = life.config
         self._counters = counters
@@ -138,6 +148,8 @@ class FaultDesk:
     def _found(self, run: SeedRun, step_s: float | None, *, finite: bool) -> Fault | None:
         assert run.attachment is not None
         guard = run.attachment.seed.guard
+        if run.index in self._unusable:
+            return None
         if guard.fault is not None:
             return None if guard.reported else guard.fault
         if guard.suspect:
@@ -172,10 +184,35 @@ class FaultDesk:
             self._say(run, fault, "identity" if seed.guard.fault is not None else "none")
             return False
         self._say(run, fault, "identity")
+        if self._shared:
+            self._unusable[run.index] = fault
+        else:
+            self._take_out(run, text)
+        return False
+
+    def _take_out(self, run: SeedRun, text: str) -> None:
         run.failure = text
         self._times.pop(run.index, None)
         self._life.cull(run, text, self._life.trip_site(run, text))
-        return False
+
+    # ---- other ranks -------------------------------------------------------------------------------------------------
+
+    def unusable(self, run: SeedRun) -> bool:
+        """Whether this rank has to do without a seed, and waits for the others to hear of it."""
+        assert run.attachment is not None
+        fossilized = self._life.stage(run.index) is Stage.FOSSILIZED
+        return run.index in self._unusable or (fossilized and run.attachment.seed.guard.fault is not None)
+
+    def taken(self, run: SeedRun) -> None:
+        """All ranks know that one of them has to do without this seed: all do."""
+        assert run.attachment is not None
+        elsewhere = Fault(FaultKind.RAISED, "on another rank")
+        fault, guard = self._unusable.pop(run.index, elsewhere), run.attachment.seed.guard
+        if self._life.stage(run.index) is not Stage.FOSSILIZED:
+            self._take_out(run, f"kernel failed: {fault.text}")
+        elif guard.fault is None:
+            guard.fault, guard.reported = fault, True
+            self._say(run, fault, "identity")
 
     def _fall_back(self, run: SeedRun) -> bool:
         fall_back = getattr(run.kernel, "fall_back", None)

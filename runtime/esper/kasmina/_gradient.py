@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esper.kasmina._quiet import harmless
+from esper.kasmina._shards import whole
 from esper.kasmina._steps import gradient_scale
 from esper.kasmina.newborn import host_groups
 
@@ -58,7 +59,7 @@ class HostGradient:
     def _look(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         gradients = [p.grad for group in host_groups(self._optimizer) for p in group["params"] if p.grad is not None]
         if gradients:
-            norm, scale = torch.nn.utils.get_total_norm(gradients), gradient_scale(self._optimizer)
+            norm, scale = whole(torch.nn.utils.get_total_norm(gradients)), gradient_scale(self._optimizer)
             self._found = Gradient(norm if scale is None else norm / scale, sum(g.numel() for g in gradients))
 
     def take(self) -> Gradient | None:

@@ -16,6 +16,7 @@ from esper.kasmina import _facts, seeds
 from esper.kasmina._compile import forget_graphs
 from esper.kasmina._flight import FLIGHT
 from esper.kasmina._gradient import HostGradient
+from esper.kasmina._shards import mesh_of, reshard, shard
 from esper.kasmina._structure import ChangeKind, Structure
 from esper.kasmina._watch import GraftWatch
 from esper.kasmina.attach import Attachment, SeedModule
@@ -76,6 +77,10 @@ class Lifecycle:
         self.runs: dict[int, SeedRun] = {}
         """Lives that are not over, in the order in which their modules were attached: hooks run in that order."""
         self.structure = Structure(model)
+        self.shared = False
+        """True where other ranks train the same: what steers a seed must be what all of them know."""
+        self.learners_changed = False
+        """True where parameters began or ceased to learn since somebody set this back."""
         self.groups = NewbornGroups(optimizer, clip_norm=config.clip_norm, merge_steps=config.merge_steps)
         self.watch = GraftWatch(model, optimizer, config)
         self.gradient = HostGradient(optimizer)
@@ -198,6 +203,7 @@ class Lifecycle:
 
     def advance(self, run: SeedRun, to: Stage) -> None:
         """Enter the next stage; its gate was asked before."""
+        reshard(self.model)
         {
             Stage.TRAINING: self._train,
             Stage.GRAFTING: self._graft_now,
@@ -228,6 +234,7 @@ class Lifecycle:
         run.shapes = _facts.shapes(delta)
         seed = SeedModule(delta, run.site)
         seed.guard.kernel_id = run.choice.kernel_id
+        seed.shared = self.shared
         return seed
 
     def take_kernel(self, run: SeedRun, kernel: KernelLike) -> None:
@@ -269,6 +276,8 @@ class Lifecycle:
         fall_back = getattr(run.kernel, "fall_back", None)
         if not run.birth_finite and fall_back is not None and fall_back("first trial: not finite"):
             run.birth_finite, run.birth_gradient, silent = birth_check(seed.delta, noise)
+        # Until it is grafted no gradient arrives, and nobody must wait for one.
+        seed.delta.requires_grad_(requires_grad=False)
         if run.birth == "zero" and not silent:
             raise Conflict(
                 f"kernel {run.choice.kernel_id}: expected zero output at birth, found another", reason="BIRTH"
@@ -298,10 +307,16 @@ class Lifecycle:
         run.attachment.seed.measuring = True
         run.blend = self.blend(run)
         run.blend.start()
+        if self.shared:
+            run.drift = torch.full_like(run.attachment.seed.alpha, float("nan"))
         self.groups.compensate(run.index, run.attachment.seed.alpha)
 
     def join(self, run: SeedRun) -> None:
-        """Add the newborn's optimizer group."""
+        """Let the newborn learn with the host: gradients, and an optimizer group of its own."""
+        run.module.requires_grad_()
+        if (mesh := mesh_of(self.model.get_submodule(run.site.target), self.model)) is not None:
+            shard(run.module, mesh)
+        self.learners_changed = True
         site = self.model.get_submodule(run.site.target).parameters()
         self.groups.add(run.index, list(run.module.named_parameters()), site, run.choice.learning_rate_scale)
 
@@ -357,6 +372,12 @@ class Lifecycle:
             self._enter(run, Stage.RESETTING)
         return self._to_dormant(run)
 
+    def release_cancelled(self, told: set[int]) -> None:
+        """A cancelled seed is DORMANT again once the controller has seen that, and why, it was cancelled."""
+        for seed in told:
+            if self.stage(seed) is Stage.CANCELLED:
+                self.release(seed)
+
     def unlock(self, seed: int) -> list[Reason]:
         """From ROLLED_BACK through G5 to DORMANT."""
         return self._to_dormant(self.runs[seed])
@@ -375,6 +396,7 @@ class Lifecycle:
         Returns:
             The newborns, and whether the host was restored.
         """
+        reshard(self.model)
         blamed, snapshot = [self.runs[seed] for seed in self.watch.seeds], self.watch.snapshot
         for run in blamed:
             run.failure = why
@@ -399,6 +421,7 @@ class Lifecycle:
 
     def take_out(self, run: SeedRun) -> None:
         """Undo all that a seed is to host and optimizer, whatever its stage; fossilized ones too."""
+        self.learners_changed = self.learners_changed or run.index in self.groups
         self.groups.remove(run.index)
         if run.attachment is not None:
             gone = self.structure.parameters(run.index)

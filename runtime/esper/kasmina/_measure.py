@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, SupportsFloat
 
@@ -10,6 +10,7 @@ import torch
 
 from esper.kasmina._quiet import untouched
 from esper.kasmina.counterfactual import paired
+from esper.kasmina.distributed import ALONE
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.kasmina._seed import SeedRun
+    from esper.kasmina.distributed import Ranks
 
 __all__ = ["Measurer", "Validation", "read_validation"]
 
@@ -75,6 +77,25 @@ def _loss(value: object) -> tuple[float | None, tuple[float, ...] | None]:
     return _number(value), None
 
 
+def joined(found: Sequence[Validation]) -> Validation:
+    """One validation of those of all ranks: every batch counts once; ranks that all saw the same batches count once."""
+    losses = [v.losses for v in found if v.losses is not None]
+    same = all(loss == losses[0] for loss in losses)
+    every = tuple(losses[0] if same else (value for own in losses for value in own)) if losses else None
+    means = [v.loss for v in found if v.loss is not None]
+    accuracies = [v.accuracy for v in found if v.accuracy is not None]
+    return Validation(
+        (sum(every) / len(every) if every else None)
+        if every is not None
+        else sum(means) / len(means)
+        if means
+        else None,
+        sum(accuracies) / len(accuracies) if accuracies else None,
+        found[0].epoch,
+        every,
+    )
+
+
 class Measurer:
     """Counterfactuals of seeds, by repeating the user's validation.
 
@@ -82,10 +103,18 @@ class Measurer:
         model: the host.
         confidence: of the lower bound.
         validate: a validation that may be repeated; one that `validate` is called with takes its place.
+        ranks: each validates what it has; what counts is all of it.
     """
 
-    def __init__(self, model: nn.Module, confidence: float, validate: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        confidence: float,
+        validate: Callable[[], object] | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self._confidence = confidence
         self._validate = validate
         self._on: tuple[float, ...] | None = None
@@ -141,4 +170,9 @@ class Measurer:
     def _run(self) -> Validation:
         assert self._validate is not None
         with untouched(self._model), torch.no_grad():
-            return read_validation(self._validate())
+            return self.share(self._validate)
+
+    def share(self, validate: Callable[[], object]) -> Validation:
+        """What all ranks found; what one raises ends it on all."""
+        found = self._ranks.together(lambda: read_validation(validate()))
+        return found[0] if len(found) == 1 else joined(found)

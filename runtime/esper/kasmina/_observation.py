@@ -14,6 +14,7 @@ from esper.kasmina._causal import is_causal
 from esper.kasmina._compile import compiler_loaded, eagerly, is_compiled
 from esper.kasmina._probe import Call, ForwardWatch, Recorder
 from esper.kasmina._quiet import evaluating
+from esper.kasmina.distributed import ALONE
 from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import Discovery, Selection, discover, observe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from esper.kasmina._lifecycle import Lifecycle
     from esper.kasmina.config import Config
     from esper.kasmina.control import SiteDescriptor
+    from esper.kasmina.distributed import Ranks
     from esper.kasmina.sites import Refusal
 
 __all__ = ["Observation"]
@@ -45,6 +47,7 @@ class Observation:
         config: options.
         select: keeps a site when true.
         ready: called when the sites are known.
+        ranks: all grow where the leading one finds that they can.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class Observation:
         config: Config,
         select: Callable[[SiteDescriptor], bool] | None,
         ready: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self.worker = Worker()
         self.sampler: HealthSampler | None = None
         self.refusals: tuple[Refusal, ...] = ()
@@ -152,15 +157,19 @@ class Observation:
         def find(*, causal: bool) -> Discovery:
             return discover(self._model, calls, select=keep, causal=causal, max_sites=config.max_sites)
 
-        found = find(causal=bool(config.causal))
-        sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
-        if config.causal is None and sequences:
-            with eagerly():
-                causal = is_causal(self._model, args, kwargs)
-            if causal is None:
-                _log.warning("sequences are taken to be causal: an experiment could not tell; say it with causal=")
-            if causal is not False:
-                found = find(causal=True)
+        def find_out() -> Discovery:
+            found = find(causal=bool(config.causal))
+            sequences = any(site.y.layout is Layout.SEQUENCE for site in found.sites)
+            if config.causal is None and sequences:
+                with eagerly():
+                    causal = is_causal(self._model, args, kwargs)
+                if causal is None:
+                    _log.warning("sequences are taken to be causal: an experiment could not tell; say it with causal=")
+                if causal is not False:
+                    found = find(causal=True)
+            return found
+
+        found = self._ranks.together(find_out)[0]
         self.refusals = found.refusals
         if isinstance(self._select, Selection):
             self._select.check(found.refusals)

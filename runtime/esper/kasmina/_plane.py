@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from esper.kasmina.control import Stage
+from esper.kasmina.control import Advice, Stage
 from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from esper.kasmina._lifecycle import Lifecycle
-    from esper.kasmina.control import Advice, BoundaryState, ControlPlane, FieldReport, HealthColumns, RunHello
+    from esper.kasmina.control import BoundaryState, ControlPlane, FieldReport, HealthColumns, RunHello
     from esper.kasmina.signature import Signature
 
-__all__ = ["GuardedPlane", "load_failure"]
+__all__ = ["GuardedPlane", "load_failure", "reach"]
 
 _log = get_logger("esper.kasmina.growth")
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A plane that need not announce a run to fetch kernels."""
+
+    def follow(self) -> None:
+        """Only fetch kernels from now on: another rank speaks for the run."""
 
 
 class GuardedPlane:
@@ -27,10 +36,12 @@ class GuardedPlane:
     Args:
         plane: None answers nothing to everything.
         counters: shared with the session.
+        speaks: False on a rank for which another one speaks: it gets kernels for itself, and tells and asks nothing.
     """
 
-    def __init__(self, plane: ControlPlane | None, counters: Counter[str]) -> None:
+    def __init__(self, plane: ControlPlane | None, counters: Counter[str], *, speaks: bool = True) -> None:
         self.plane = plane
+        self.speaks = speaks
         self._counters = counters
 
     def _try(self, name: str, call: Callable[[ControlPlane], object]) -> object | None:
@@ -47,13 +58,32 @@ class GuardedPlane:
                 _log.warning("control plane failed", call=name, error=said, times=count)
             return None
 
+    def _tell(self, name: str, call: Callable[[ControlPlane], object]) -> None:
+        if self.speaks:
+            self._try(name, call)
+
     def open(self, hello: RunHello) -> None:
         """Announce the run."""
-        self._try("open", lambda plane: plane.open(hello))
+        if self.speaks:
+            self._try("open", lambda plane: plane.open(hello))
+        elif isinstance(self.plane, Follower):
+            follower = self.plane
+            self._try("follow", lambda _plane: follower.follow())
 
     def advise(self, state: BoundaryState, deadline_s: float) -> Advice | None:
-        """The answer, or None."""
-        return self._try("advise", lambda plane: plane.advise(state, deadline_s))  # type: ignore[return-value]  # judged by the caller field by field
+        """The answer to this boundary, or None; anything else is refused."""
+        found = self._try("advise", lambda plane: plane.advise(state, deadline_s))
+        if found is None or (isinstance(found, Advice) and found.boundary == state.boundary):
+            return found
+        self._counters["advice_refused"] += 1
+        where = getattr(found, "boundary", type(found).__name__)
+        _log.warning("advice refused", expected_boundary=state.boundary, found=where)
+        return None
+
+    def prefetch(self, kernel_ids: Sequence[str]) -> None:
+        """What the rank that speaks was told to fetch ahead."""
+        if not self.speaks:
+            self._try("prefetch", lambda plane: plane.prefetch(kernel_ids))
 
     def request_kernel(self, kernel_id: str, signature: Signature) -> None:
         """Begin to fetch."""
@@ -83,19 +113,28 @@ class GuardedPlane:
 
     def publish_health(self, columns: HealthColumns) -> None:
         """Hand telemetry over."""
-        self._try("publish_health", lambda plane: plane.publish_health(columns))
+        self._tell("publish_health", lambda plane: plane.publish_health(columns))
 
     def report(self, report: FieldReport) -> None:
         """Hand a field report over."""
-        self._try("report", lambda plane: plane.report(report))
+        self._tell("report", lambda plane: plane.report(report))
 
     def event(self, kind: str, fields: dict[str, object]) -> None:
         """Leave an event."""
-        self._try("event", lambda plane: plane.event(kind, fields))
+        self._tell("event", lambda plane: plane.event(kind, fields))
 
     def close(self, timeout_s: float) -> None:
         """Let go."""
         self._try("close", lambda plane: plane.close(timeout_s))
+
+
+def reach(mesh: str | ControlPlane | None, cache_dir: Path | None) -> ControlPlane | None:
+    """The plane behind an address; any other as it is."""
+    if not isinstance(mesh, str):
+        return mesh
+    from esper.kasmina.link import MeshLink  # gRPC only where a mesh is wanted
+
+    return MeshLink(mesh, cache_dir=cache_dir)
 
 
 def load_failure(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 
 from esper.kasmina import seeds
 from esper.kasmina._seed import choice_document
+from esper.kasmina._shards import whole
 from esper.kasmina.control import (
     BoundaryState,
     Decision,
@@ -30,11 +31,38 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from esper.kasmina._decide import Applied
     from esper.kasmina._measure import Validation
     from esper.kasmina._seed import SeedRun
+    from esper.kasmina.control import Advice
     from esper.kasmina.growth import Growth
 
-__all__ = ["boundary_state", "end", "health_job", "hello", "lineage", "locks", "new_record", "new_run_id"]
+__all__ = [
+    "BoundaryReport",
+    "boundary_state",
+    "decision_fields",
+    "end",
+    "health_job",
+    "hello",
+    "lineage",
+    "locks",
+    "new_record",
+    "new_run_id",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryReport:
+    """What happened at a boundary."""
+
+    boundary: int
+    loss: float | None
+    """Mean validation loss; None where not given."""
+    accuracy: float | None
+    advice: Advice | None
+    """None where no controller answered."""
+    applied: tuple[Applied, ...]
+    """What became of each decision."""
 
 
 def new_run_id() -> str:
@@ -85,7 +113,7 @@ def boundary_state(growth: Growth, validation: Validation) -> BoundaryState:
         flops_per_sample=None if flops is None else flops + grown,
         seconds=growth.seconds,
         seeds=tuple(_seed_state(growth, growth.life.runs[seed]) for seed in sorted(growth.life.runs)),
-        sites=sampler.take() if sampler is not None else (),
+        sites=growth.shared.health(sampler.take() if sampler is not None else ()),
     )
 
 
@@ -138,8 +166,7 @@ def _weight_norm(run: SeedRun) -> float | None:
 def _weights(run: SeedRun) -> Tensor:
     from torch.nn.utils import get_total_norm
 
-    norm: Tensor = get_total_norm([p.detach() for p in run.module.parameters()])
-    return norm
+    return whole(get_total_norm([p.detach() for p in run.module.parameters()]))
 
 
 def health_job(growth: Growth) -> Callable[[], None] | None:
@@ -175,6 +202,18 @@ def health_job(growth: Growth) -> Callable[[], None] | None:
         )
 
     return publish
+
+
+def decision_fields(applied: Applied) -> dict[str, object]:
+    """What became of a decision, for the log and the bus."""
+    given = applied.decision
+    return {
+        "decision_id": given.decision_id,
+        "seed": given.seed,
+        "action": str(given.action),
+        "stage": applied.stage.name,
+        "refused": [str(reason) for reason in applied.refused],
+    }
 
 
 def new_record(growth: Growth, decision: Decision) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from esper.kasmina.control import BlendStrategy, Counterfactual, KernelChoice
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from esper.kasmina.attach import Attachment
     from esper.kasmina.blending import Blend
@@ -84,6 +84,8 @@ class SeedRun:
     failure: str = ""
     faults: list[str] = field(default_factory=list)
     """What its kernel did wrong, one sentence each, oldest first."""
+    drift: Tensor | None = None
+    """How loud the seed is, as all ranks agreed; None where there is one rank, and its own number counts."""
 
     @property
     def index(self) -> int:

@@ -130,6 +130,8 @@ class SeedModule(nn.Module):
         self.measuring = False
         """True while the ratio of alpha * delta to y is wanted."""
         self.ratio: Tensor | None = None
+        self.shared = False
+        """True where other ranks train the same seed."""
         self.capture: Capture | None = None
         self._captures = capture_elements
         self._parallel = site.descriptor.kind is SiteKind.PARALLEL
@@ -186,15 +188,14 @@ class SeedModule(nn.Module):
     def after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook at the module whose output is y."""
         guard, compiling = self.guard, torch.compiler.is_compiling()
-        if self.mode is Execution.ABSENT or guard.shut or not (compiling or self._enabled):
+        if self.mode is Execution.ABSENT or not (compiling or self._enabled):
             return None
+        if guard.shut:
+            return self._absent(output)
         y = output_tensor(output)
-        x = y
-        if self._parallel:
-            seen = self._span_input() if self._split else first_tensor(args, kwargs)
-            if seen is None:
-                return None
-            x = seen
+        x = self._input(args, kwargs) if self._parallel else y
+        if x is None:
+            return None
         try:
             if self.mode is Execution.ISOLATED:
                 watched = self._watch(x, y)
@@ -205,15 +206,21 @@ class SeedModule(nn.Module):
             if compiling or (in_backward() and not guard.repeats(error)):
                 raise
             guard.failed(error)
-            return None
         if guard.fault is not None:
-            # The forward that is run again here went on without the seed.
-            return None
+            # Just now, or in the forward that is run again here.
+            return self._absent(output)
         # Asked in this order: evaluation is not to be compiled again because training no longer measures.
         if torch.is_grad_enabled() and self.measuring:
             self._measure(scaled, y)
         changed = y + scaled.to(y.dtype)
         return replace_first(output, torch.where(self.gate, changed, y) if compiling else changed)
+
+    def _absent(self, output: Any) -> Any:
+        """The host's output without the seed; where other ranks wait for its gradients they get zeros."""
+        if not (self.shared and torch.is_grad_enabled()):
+            return None
+        learning = [p for p in self.delta.parameters() if p.requires_grad]
+        return replace_first(output, _Unmoved.apply(output_tensor(output), *learning))  # type: ignore[no-untyped-call]  # torch ships it untyped
 
     def _change(self, x: Tensor, y: Tensor) -> Tensor:
         """The change, alpha * delta, in the order of the host."""
@@ -221,6 +228,10 @@ class SeedModule(nn.Module):
         delta = self._to.restore(delta, tuple(y.shape))
         check_shape(delta, y)
         return delta * self.alpha
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What a branch is given."""
+        return self._span_input() if self._split else first_tensor(args, kwargs)
 
     def _span_input(self) -> Tensor | None:
         """What `before` saw in this forward; None where the first module of the span was not called in it.
@@ -297,6 +308,19 @@ class SeedModule(nn.Module):
         if self._watched is not None:
             record, self._watched = self._watched, None
             self._complete(record, gradient)
+
+
+class _Unmoved(torch.autograd.Function):
+    """``y``, with a gradient of zero for everything else."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return (gradient, *map(torch.zeros_like, ctx.saved_tensors))
 
 
 @dataclass(slots=True)

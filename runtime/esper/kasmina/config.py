@@ -112,6 +112,11 @@ class Config:
     abort_on_hang: bool = False
     """End the process then (exit status 70), for whoever can resume it without the kernel. Off, a hang is reported
     where Python still runs, and the training thread waits for the call."""
+    distributed: bool = True
+    """Decide together with the other ranks where ``torch.distributed`` is initialised; False: this process grows alone,
+    as one of several independent runs."""
+    rank_timeout_s: float = 300.0
+    """Longest wait for another rank, after which the run ends with an error."""
     kernel_timeout_s: float = 60.0
     """Longest wait for the kernels in use when a checkpoint is loaded."""
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +35,16 @@ from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._faults import FaultDesk
 from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader, scalar
-from esper.kasmina._measure import Measurer, Validation, read_validation
+from esper.kasmina._measure import Measurer, Validation
 from esper.kasmina._observation import Observation
-from esper.kasmina._plane import GuardedPlane
+from esper.kasmina._plane import GuardedPlane, reach
+from esper.kasmina._report import BoundaryReport
+from esper.kasmina._shared import Shared
 from esper.kasmina._steps import StepWatch
 from esper.kasmina._structure import Change, ChangeKind
 from esper.kasmina.config import Config
 from esper.kasmina.control import Advice, ControlPlane, Decision, Outcome, Stage
+from esper.kasmina.distributed import RankLost, join, unwrapped
 from esper.kasmina.sites import Selection
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from esper.kasmina._seed import KernelLike, SeedRun
@@ -61,20 +64,6 @@ if TYPE_CHECKING:
 __all__ = ["Applied", "BoundaryReport", "Change", "ChangeKind", "Config", "Growth", "wrap"]
 
 _log = get_logger("esper.kasmina.growth")
-
-
-@dataclass(frozen=True, slots=True)
-class BoundaryReport:
-    """What happened at a boundary."""
-
-    boundary: int
-    loss: float | None
-    """Mean validation loss; None where not given."""
-    accuracy: float | None
-    advice: Advice | None
-    """None where no controller answered."""
-    applied: tuple[Applied, ...]
-    """What became of each decision."""
 
 
 class Growth:
@@ -87,6 +76,7 @@ class Growth:
         select: keeps a site when true; None keeps all that `config` allows.
         validate: as for `boundary`, for loops that hand finished numbers to it.
         config: options.
+        group: processes that train this model together; None finds out, see `Config.distributed`.
     """
 
     def __init__(
@@ -98,10 +88,13 @@ class Growth:
         select: Callable[[SiteDescriptor], bool] | None = None,
         validate: Callable[[], object] | None = None,
         config: Config | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.config = Config() if config is None else config
-        self.run_id = self.config.run_id or _report.new_run_id()
+        model, found = unwrapped(inner_module(model))
         model = inner_module(model)
+        self.ranks = join(group or found, wanted=self.config.distributed, timeout_s=self.config.rank_timeout_s)
+        self.run_id = self.ranks.first(lambda: self.config.run_id or _report.new_run_id())
         self.model = model
         self.optimizer = optimizer
         self.steps = 0
@@ -111,17 +104,21 @@ class Growth:
         self.counters: Counter[str] = Counter()
         """Refused decisions, failures of the control plane, rollbacks, shed samples, by name."""
         self.last_report: BoundaryReport | None = None
-        self.plane = GuardedPlane(plane, self.counters)
+        self.plane = GuardedPlane(plane, self.counters, speaks=self.ranks.leads)
         self.life = Lifecycle(model, optimizer, self.config, on_transition=self._transitioned, on_end=self._ended)
-        self.measurer = Measurer(model, self.config.confidence, validate)
+        self.life.shared = not self.ranks.alone
+        self.measurer = Measurer(model, self.config.confidence, validate, self.ranks)
         self.losses = LossReader()
         self._stepped = StepWatch(optimizer)
-        self.observation = Observation(self.life, self.config, select, lambda: self.plane.open(_report.hello(self)))
+        self.observation = Observation(
+            self.life, self.config, select, lambda: self.plane.open(_report.hello(self)), self.ranks
+        )
         self.records: list[dict[str, Any]] = []
         self.elapsed_s = 0.0
         self._began = time.monotonic()
-        self.faults = FaultDesk(self.life, self.counters, self.plane.event)
-        self._decider = Decider(self.life, self.plane, record=self._record, measure=self._measure_one)
+        self.faults = FaultDesk(self.life, self.counters, self.plane.event, shared=not self.ranks.alone)
+        self.shared = Shared(self.ranks, self.life, self.losses, self.faults)
+        self._decider = Decider(self.life, self.plane, record=self._record, measure=self._measure_one, ranks=self.ranks)
         self._said: set[str] = set()
         self._closed = False
 
@@ -150,6 +147,8 @@ class Growth:
         """
         try:
             self._after_step(loss)
+        except RankLost:
+            raise
         except Exception:  # noqa: BLE001  # as in _guard; written out because it runs on every step
             self.counters["failed_step"] += 1
             _log.exception("growth failed", where="step")
@@ -161,7 +160,11 @@ class Growth:
             self._guard("discovery", self.observation.settle)
         if loss is not None:
             loss = scalar(loss)
-            self.losses.push(loss, not done if self._stepped.doubt is None else self._stepped.doubt)
+        skipped = not done if self._stepped.doubt is None else self._stepped.doubt
+        if not self.ranks.alone:
+            loss = self.shared.step(loss, skipped)
+        elif loss is not None:
+            self.losses.push(loss, skipped)
         finite = self._judge_losses()
         if finite is None:
             return
@@ -173,6 +176,7 @@ class Growth:
         if self.life.runs:
             self.faults.judge(finite=finite)
             self.life.step(loss, gradient, self._stepped.doubt)
+            self.shared.renew()
         if self.observation.collect(gradient):
             job = _report.health_job(self)
             if job is not None:
@@ -192,6 +196,7 @@ class Growth:
 
     def _roll_back(self, why: str) -> None:
         blamed, restored = self.life.roll_back(why)
+        self.shared.renew()
         self.measurer.forget()
         self.counters["rollbacks"] += 1
         _log.warning("graft rolled back", seeds=[run.index for run in blamed], host_restored=restored, why=why)
@@ -207,8 +212,11 @@ class Growth:
 
         Raises:
             InvalidInput: `metrics` is neither.
+            Conflict: other processes train the same model since `wrap`.
+            RankLost: another rank did not come to the boundary.
             Exception: whatever the user's own validation raises.
         """
+        self.ranks.check()
         self.boundaries += 1
         self._guard("boundary", self._begin_boundary)
         validation = self._validate(metrics)
@@ -221,18 +229,21 @@ class Growth:
         return self.last_report
 
     def _begin_boundary(self) -> None:
+        self._guard("share", self.shared.finish)
         self.life.tick_boundary()
         self.faults.boundary()
         # Before anything is measured: a late loss may take a seed out, and the validation is of the network without it.
         self._guard("collect", self.finish_losses)
 
     def _end_boundary(self) -> None:
+        self.shared.renew()
         self.measurer.forget()
         self.plane.hold_kernels(self.life)
         self.faults.publish()
 
     def _consult(self, validation: Validation, decisions: Sequence[Decision] | None) -> BoundaryReport:
         """Tell the controller, and carry out what it decides."""
+        self.shared.average_isolated()
         self._measure()
         self._guard("drain", self._drain)
         for run in list(self.life.runs.values()):
@@ -241,17 +252,20 @@ class Growth:
         applied: list[Applied | None] = []
         if self.sites:
             state = _report.boundary_state(self, validation)
-            if decisions is None:
-                advice = self._advice(self.plane.advise(state, self.config.advise_deadline_s))
-            given = decisions if decisions is not None else advice.decisions if advice else ()
+            wait = self.config.advise_deadline_s
+            found = self.ranks.first(lambda: self.plane.advise(state, wait) if decisions is None else tuple(decisions))
+            given = found if isinstance(found, tuple) else ()
+            if isinstance(found, Advice):
+                advice, given, self.controller_state = found, found.decisions, found.controller_state
+                self.plane.prefetch(found.prefetch)
             applied.extend(self._apply(decision) for decision in given)
-            self._close_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
-        elif not self._stepped.seen:
-            self._say_once("no optimizer step was seen yet: give wrap() the optimizer whose step() the loop calls")
+            self.life.release_cancelled({seed.index for seed in state.seeds if seed.stage is Stage.CANCELLED})
         else:
             self._say_once(
                 "no site is known: no training forward of the wrapped model was seen; give wrap() example_inputs, or "
                 "boundary() a callable where the model is compiled"
+                if self._stepped.seen
+                else "no optimizer step was seen yet: give wrap() the optimizer whose step() the loop calls"
             )
         return BoundaryReport(
             self.boundaries, validation.loss, validation.accuracy, advice, tuple(a for a in applied if a is not None)
@@ -261,7 +275,7 @@ class Growth:
         self.observation.worker.drain(self.config.drain_timeout_s)
 
     def _validate(self, metrics: object) -> Validation:
-        validation = self.measurer.validate(metrics) if callable(metrics) else read_validation(metrics)
+        validation = self.measurer.validate(metrics) if callable(metrics) else self.measurer.share(lambda: metrics)
         if self.measurer.possible:
             self._guard("observation", partial(self.observation.look_at_validation, self.measurer.repeat))
         if not self.measurer.possible and any(s is Stage.FINE_TUNING for s in map(self.life.stage, self.life.runs)):
@@ -273,6 +287,7 @@ class Growth:
 
     def finish_losses(self) -> None:
         """Wait for the training losses that are still on their way, and judge them."""
+        self.shared.finish()
         while self._judge_losses(wait=True) is None:
             pass
 
@@ -290,30 +305,12 @@ class Growth:
         """An error of the user's own validation is not the seed's fault: it is measured again at the next boundary."""
         self._guard("measure", partial(self.measurer.measure, run))
 
-    def _advice(self, found: object) -> Advice | None:
-        if found is None:
-            return None
-        if not isinstance(found, Advice) or found.boundary != self.boundaries:
-            self.counters["advice_refused"] += 1
-            where = getattr(found, "boundary", type(found).__name__)
-            _log.warning("advice refused", expected_boundary=self.boundaries, found=where)
-            return None
-        self.controller_state = found.controller_state
-        return found
-
     def _apply(self, decision: object) -> Applied | None:
         applied = self._decider.apply(decision, self.boundaries)
         if applied is None:
             self.counters["decisions_refused"] += 1
             return None
-        given = applied.decision
-        fields: dict[str, object] = {
-            "decision_id": given.decision_id,
-            "seed": given.seed,
-            "action": str(given.action),
-            "stage": applied.stage.name,
-            "refused": [str(reason) for reason in applied.refused],
-        }
+        fields = _report.decision_fields(applied)
         if not applied.done:
             self.counters["decisions_refused"] += 1
             # A gate that is still closed is the daily round; a decision that makes no sense is worth a look.
@@ -323,12 +320,6 @@ class Growth:
         # The network is another one now: what was measured with it does not hold any more.
         self.measurer.forget()
         return applied
-
-    def _close_cancelled(self, told: set[int]) -> None:
-        """A cancelled seed is DORMANT again once the controller has seen that, and why, it was cancelled."""
-        for seed in told:
-            if self.life.stage(seed) is Stage.CANCELLED:
-                self.life.release(seed)
 
     # ---- what it tells -----------------------------------------------------------------------------------------------
 
@@ -356,6 +347,8 @@ class Growth:
         """Growth's own defects must not stop training either: they are logged with their traceback and counted."""
         try:
             action()
+        except RankLost:
+            raise
         except Exception:  # noqa: BLE001  # training goes on without growth; the log has the traceback
             self.counters[f"failed_{what}"] += 1
             _log.exception("growth failed", where=what)
@@ -387,8 +380,12 @@ class Growth:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that growth must remember, as tensors and JSON types, for ``torch.load(weights_only=True)``."""
-        self._guard("collect", self.finish_losses)
+        """Everything that growth must remember, as tensors and JSON types, for ``torch.load(weights_only=True)``.
+
+        Of several ranks any may be asked, and what it gives serves all.
+        """
+        if self.ranks.alone:
+            self._guard("collect", self.finish_losses)
         self._guard("drain", self._drain)
         return _checkpoint.save(self)
 
@@ -413,7 +410,8 @@ class Growth:
             NotFound: a kernel in use could not be had: the run can not go on as it was.
             InvalidInput: `state` belongs to another model.
         """
-        _checkpoint.load(self, state, kernels, locks or {}, breakers or {})
+        self.ranks.together(lambda: _checkpoint.load(self, state, kernels, locks or {}, breakers or {}))
+        self.shared.renew()
         self.faults.resumed()
         self.plane.hold_kernels(self.life)
 
@@ -453,6 +451,7 @@ def wrap(
     example_inputs: tuple[Any, ...] | None = None,
     cache_dir: Path | None = None,
     config: Config | None = None,
+    group: ProcessGroup | None = None,
     **options: Any,
 ) -> Growth:
     """Let a model grow while it trains; it is not copied, replaced or changed, and stays usable exactly as before.
@@ -469,36 +468,32 @@ def wrap(
             forward.
         cache_dir: directory of the kernel cache; None keeps kernels in memory.
         config: all options.
+        group: processes that train this model together, where they are not those of the ``DistributedDataParallel``
+            around it, or of the default group.
         **options: single ones, see `Config`.
 
     Raises:
-        InvalidInput: both `config` and options, an unknown option, a model that runs no hooks or is distributed
-            already, or sites that the model has not.
+        InvalidInput: both `config` and options, an unknown option, a model that runs no hooks or is on several devices
+            of one process, or sites that the model has not.
     """
     if config is not None and options:
         raise InvalidInput(f"wrap: expected config or single options, found both ({', '.join(sorted(options))})")
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput("wrap: expected a module before TorchScript compiled it, found a ScriptModule: no hooks run")
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+    if isinstance(model, torch.nn.DataParallel):
         raise InvalidInput(
-            f"wrap: expected the module inside {type(model).__name__}, found the wrapper: newborns are not in it"
+            "wrap: expected the module inside DataParallel, found the wrapper: its replicas run no hooks"
         )
     unknown = set(options) - set(Config.__dataclass_fields__)
     if unknown:
         raise InvalidInput(f"wrap: expected options of Config, found {', '.join(sorted(unknown))}")
-    plane: ControlPlane | None
-    if isinstance(mesh, str):
-        from esper.kasmina.link import MeshLink  # gRPC only where a mesh is wanted
-
-        plane = MeshLink(mesh, cache_dir=cache_dir)
-    else:
-        plane = mesh
     growth = Growth(
         model,
         optimizer,
-        plane=plane,
-        select=Selection(inner_module(model), sites, exclude),
+        plane=reach(mesh, cache_dir),
+        select=Selection(inner_module(unwrapped(inner_module(model))[0]), sites, exclude),
         validate=validate,
+        group=group,
         config=config or Config(**options),
     )
     growth.observation.look(example_inputs)

@@ -52,6 +52,8 @@ class IsolationTrainer:
         self.steps = 0
         self.finite = True
         self._parameters = list(delta.parameters())
+        # To all others the seed is not there: what reduces gradients over ranks must not wait for its.
+        delta.requires_grad_(requires_grad=False)
         self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate)
         self._held_out: deque[Capture] = deque(maxlen=keep)
         self._norm: Tensor | None = None
@@ -68,8 +70,10 @@ class IsolationTrainer:
             self._held_out.append(capture)
             return
         with torch.enable_grad():
+            self.delta.requires_grad_()
             loss = direction_loss(self.delta(capture.features), capture.y, capture.gradient, self.trust)
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            self.delta.requires_grad_(requires_grad=False)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
             if gradient is not None and capture.overflowed is not None:
@@ -100,6 +104,12 @@ class IsolationTrainer:
     def gradient_norm(self) -> float | None:
         """L2 norm of the last step's gradient before clipping; None before the first step."""
         return None if self._norm is None else float(self._norm)
+
+    def tensors(self) -> list[Tensor]:
+        """What training changes: parameters and moments, in an order of its own."""
+        states = [self._optimizer.state[p] for p in self._parameters if p in self._optimizer.state]
+        moments = [v for state in states for _, v in sorted(state.items()) if isinstance(v, Tensor)]
+        return [*self._parameters, *moments]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed trainer needs; the parameters are in the model's own state."""

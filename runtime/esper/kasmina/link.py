@@ -125,6 +125,12 @@ class MeshLink:
             self._started.wait()  # a few hundred microseconds: until the loop takes callbacks
         self._post(self._advisor.restart)
 
+    def follow(self) -> None:
+        """Fetch kernels for a run that another process announces and speaks for."""
+        if self._thread.ident is None:
+            self._thread.start()
+            self._started.wait()
+
     def advise(self, state: BoundaryState, deadline_s: float) -> Advice | None:
         """The answer to this boundary, or None: at once when the controller is away, else at the deadline."""
         advice = self._advisor.ask(

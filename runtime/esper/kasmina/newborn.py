@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from esper.kasmina._quiet import harmless
+from esper.kasmina._shards import own, whole
 from esper.kasmina._steps import gradient_scale
 from esper.mesh.errors import Conflict
 
@@ -274,8 +275,8 @@ class NewbornGroups:
             if not gradients or entry.merging >= self.merge_steps:
                 continue
             if entry.alpha is not None:
-                torch._foreach_div_(gradients, entry.alpha.clamp_min(_ALPHA_FLOOR))  # no public name
-            norm = torch.nn.utils.get_total_norm(gradients)
+                torch._foreach_div_([own(g) for g in gradients], entry.alpha.clamp_min(_ALPHA_FLOOR))  # no public name
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             entry.norm = norm if scale is None else norm / scale
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, entry.norm)
 

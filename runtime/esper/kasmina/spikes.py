@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina._shards import like, own
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -147,7 +149,7 @@ class HostSnapshot:
         with torch.no_grad():
             for name, value in self.tensors.items():
                 if name in live and live[name].shape == value.shape:
-                    live[name].copy_(value)
+                    live[name].copy_(like(value, live[name]))
         for name, parameter in model.named_parameters():
             if name not in self.tensors:
                 continue
@@ -156,7 +158,7 @@ class HostSnapshot:
             if state is None:
                 optimizer.state.pop(parameter, None)
             else:
-                optimizer.state[parameter] = {k: _clone(v) for k, v in state.items()}
+                optimizer.state[parameter] = {k: _clone(_fitted(v, parameter)) for k, v in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON types."""
@@ -169,7 +171,11 @@ class HostSnapshot:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(own(t).numel() * t.element_size() for t in tensors)
+
+
+def _fitted(value: Any, parameter: Tensor) -> Any:
+    return like(value, parameter) if isinstance(value, Tensor) else value
 
 
 def _clone(value: Any) -> Any:
