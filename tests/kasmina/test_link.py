@@ -439,6 +439,16 @@ async def test_a_kernel_is_fetched_verified_and_loaded(open_link, library):
     assert kernel is await on_trainer(_fetch, open_link(), library.id) or library.downloads == 1
 
 
+async def test_a_link_that_follows_fetches_kernels_and_speaks_for_nobody(library, make_link, tmp_path):
+    """On a rank for which another one speaks, kernels come; no run is announced, and nothing is answered."""
+    link = make_link(library.target, cache_dir=tmp_path / "cache", settings=FAST)
+    link.follow()
+    link.follow()
+    assert (await on_trainer(_fetch, link, library.id)).id == library.id
+    assert await on_trainer(link.advise, make_state(1), 0.05) is None
+    assert link.standing is not Standing.READY
+
+
 async def test_a_broken_download_is_tried_again(open_link, library):
     """Trouble that passes is waited out in the background."""
     library.failures = 5  # one more than gRPC itself retries
