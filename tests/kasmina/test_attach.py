@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from esper.kasmina import ops
 from esper.kasmina.attach import Attachment, SeedModule, owner_of
 from esper.kasmina.control import SiteKind
 from esper.kasmina.seeds import Execution
@@ -231,3 +232,64 @@ def test_compiled_without_graph_breaks() -> None:
     _attach(model, site)
     torch.testing.assert_close(model(x), compiled(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_on_a_cpu_the_blend_is_plain_torch(dtype: torch.dtype) -> None:
+    """``y + alpha * delta`` bit for bit, in the types of the host, with and without its size being measured."""
+    model, x = mlp().to(dtype), torch.randn(4, 8, dtype=dtype)
+    site = next(s for s in _sites(model, x) if s.descriptor.name == "first" and s.descriptor.kind is SiteKind.SERIES)
+    y = model.first(x)
+    seed = _attach(model, site, alpha=0.3).seed
+    expected = y + (seed.delta(y) * seed.alpha).to(dtype)
+    assert torch.equal(expected, model.first(x))
+    seed.measuring = True
+    assert torch.equal(expected, model.first(x))
+    change = torch.linalg.vector_norm((seed.delta(y) * seed.alpha).float()) / y.float().norm()
+    torch.testing.assert_close(change, seed.ratio, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=0.0)
+
+
+def test_on_a_device_blend_and_sample_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels run, the blended output's statistics come with it when they are due, once, and not without."""
+    model, x = mlp(), torch.randn(6, 8)
+    site = next(s for s in _sites(model, x) if s.descriptor.name == "first" and s.descriptor.kind is SiteKind.SERIES)
+    seed = _attach(model, site).seed
+    plain = model.first(x)
+    monkeypatch.setattr(ops, "use_kernels", lambda *_tensors: True)
+    assert torch.equal(plain, model.first(x))
+    assert seed.take_found() is None
+    seed.sampling = 128
+    blended = model.first(x)
+    found = seed.take_found()
+    assert found is not None
+    torch.testing.assert_close(blended.mean(0), found.mean)
+    torch.testing.assert_close(blended.norm(), found.norm)
+    model.first(x)
+    assert seed.take_found() is None
+    seed.sampling = 128
+    model.first(x)
+    copy.deepcopy(model)
+
+
+def test_transforms_and_higher_derivatives() -> None:
+    """vmap, per-sample gradients, forward mode and higher derivatives go through a grown site."""
+    model, x = mlp(), torch.randn(5, 8)
+    site = next(s for s in _sites(model, x) if s.descriptor.name == "first..head")
+    _attach(model, site)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (row[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    step = 1e-3
+    torch.testing.assert_close((model(x + step) - model(x - step)) / (2 * step), tangent, rtol=1e-2, atol=1e-2)
+    points = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(model(points).square().sum(), points, create_graph=True)
+    first.square().sum().backward()
+    assert points.grad is not None
+    assert points.grad.isfinite().all()

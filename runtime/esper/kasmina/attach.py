@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina import ops
 from esper.kasmina._compile import forget_graphs, register_tap, tap
 from esper.kasmina._guard import Guard, check_shape, in_backward
 from esper.kasmina._ports import Port, first_tensor, fit, output_tensor, replace_first
@@ -132,6 +133,9 @@ class SeedModule(nn.Module):
         self.ratio: Tensor | None = None
         self.shared = False
         """True where other ranks train the same seed."""
+        self.sampling = 0
+        """Rows of the sketch that is due of the blended output in this forward; 0 while none is."""
+        self.found: ops.Health | None = None
         self.capture: Capture | None = None
         self._captures = capture_elements
         self._parallel = site.descriptor.kind is SiteKind.PARALLEL
@@ -169,7 +173,7 @@ class SeedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the activation of the last forward, which belongs to a graph that can not be copied."""
-        return {**self.__dict__, "_x": (None,), "_watched": None}
+        return {**self.__dict__, "_x": (None,), "_watched": None, "found": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is tapped for itself."""
@@ -200,7 +204,7 @@ class SeedModule(nn.Module):
             if self.mode is Execution.ISOLATED:
                 watched = self._watch(x, y)
                 return None if watched is None else replace_first(output, watched)
-            scaled = self._change(x, y)
+            delta = self._change(x, y)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             # Activation checkpointing ends a recomputation by an exception of its own.
             if compiling or (in_backward() and not guard.repeats(error)):
@@ -211,8 +215,8 @@ class SeedModule(nn.Module):
             return self._absent(output)
         # Asked in this order: evaluation is not to be compiled again because training no longer measures.
         if torch.is_grad_enabled() and self.measuring:
-            self._measure(scaled, y)
-        changed = y + scaled.to(y.dtype)
+            self._measure(delta, y)
+        changed = self._blend(y, delta)
         return replace_first(output, torch.where(self.gate, changed, y) if compiling else changed)
 
     def _absent(self, output: Any) -> Any:
@@ -222,12 +226,29 @@ class SeedModule(nn.Module):
         learning = [p for p in self.delta.parameters() if p.requires_grad]
         return replace_first(output, _Unmoved.apply(output_tensor(output), *learning))  # type: ignore[no-untyped-call]  # torch ships it untyped
 
+    def _blend(self, y: Tensor, delta: Tensor) -> Tensor:
+        """``y + alpha * delta``; on a device in one pass, and where a sample of it is due with its statistics."""
+        if not ops.use_kernels(y, delta):
+            return y + (delta * self.alpha).to(y.dtype)
+        if not self.sampling:
+            return ops.blend(y, [delta], self.alpha)
+        blended, self.found = ops.blend_health(
+            y, [delta], self.alpha, feature_dim=self._to.feature_dim, buckets=self.sampling
+        )
+        return blended
+
+    def take_found(self) -> ops.Health | None:
+        """Statistics of the last blended output, where they were wanted and found; they are wanted no longer."""
+        self.sampling = 0
+        found, self.found = self.found, None
+        return found
+
     def _change(self, x: Tensor, y: Tensor) -> Tensor:
-        """The change, alpha * delta, in the order of the host."""
+        """The change, delta, in the order of the host."""
         delta = self.guard.run(self.delta, self._features(x, y), self.probe)
         delta = self._to.restore(delta, tuple(y.shape))
         check_shape(delta, y)
-        return delta * self.alpha
+        return delta
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What a branch is given."""
@@ -263,11 +284,10 @@ class SeedModule(nn.Module):
             ordered = fit(ordered, self._from.layout, self._to.layout, self._to.extent(tuple(y.shape)))
         return self._to.fold(ordered)
 
-    def _measure(self, scaled: Tensor, y: Tensor) -> None:
+    def _measure(self, delta: Tensor, y: Tensor) -> None:
         with torch.no_grad():
-            size = torch.linalg.vector_norm(y.detach(), dtype=torch.float32)
-            ratio = torch.linalg.vector_norm(scaled.detach(), dtype=torch.float32)
-            self.ratio = ratio / size.clamp_min(torch.finfo(torch.float32).tiny)
+            size, change = _norm(y.detach()), _norm(delta.detach()) * self.alpha
+            self.ratio = change / size.clamp_min(torch.finfo(torch.float32).tiny)
 
     def _watch(self, x: Tensor, y: Tensor) -> Tensor | None:
         """Keep a bounded copy and ask for the gradient at y; the host's values and graph stay as they are.
@@ -321,6 +341,13 @@ class _Unmoved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return (gradient, *map(torch.zeros_like, ctx.saved_tensors))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm in float32, without overflow on the way there."""
+    # What is wider than the sum refuses to be summed in it.
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.float()
 
 
 @dataclass(slots=True)

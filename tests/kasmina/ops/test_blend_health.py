@@ -77,7 +77,7 @@ def test_a_compiled_graph_has_no_break(function):
 def _as_on_cuda(monkeypatch):
     """Public functions go through the operators, as they do on a CUDA device."""
     for module in (_blend, _health, _blend_health):
-        monkeypatch.setattr(module, "use_kernels", lambda _x: True)
+        monkeypatch.setattr(module, "use_kernels", lambda *_x: True)
     monkeypatch.setattr(_blend, "LEAST_ELEMENTS", 0)
 
 

@@ -124,3 +124,21 @@ def test_the_public_functions_agree_on_both_devices():
         for ours, theirs in zip(found, health, strict=True):
             assert_close(ours.cpu(), theirs, rtol=1e-4, atol=2e-3)
     assert_close(ops.blend(*on_device).cpu(), expected)
+
+
+def test_transforms_are_told_from_plain_tensors():
+    """Kernels have no rules for ``torch.func`` and forward mode; what runs under them runs plain torch."""
+    seen = []
+
+    def look(x):
+        seen.append(_dispatch.transformed(x))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    look(x)
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        look(x)
+    assert [False, True, True, True, True] == seen

@@ -10,6 +10,7 @@ device; results stay on it. Triton is imported when the first kernel is launched
 
 from esper.kasmina.ops._blend import blend
 from esper.kasmina.ops._blend_health import blend_health
+from esper.kasmina.ops._dispatch import transformed, use_kernels
 from esper.kasmina.ops._health import Health, health, merge
 
-__all__ = ["Health", "blend", "blend_health", "health", "merge"]
+__all__ = ["Health", "blend", "blend_health", "health", "merge", "transformed", "use_kernels"]

@@ -60,7 +60,7 @@ def blend(y: Tensor, deltas: Sequence[Tensor], alphas: Sequence[Tensor] | Tensor
     weights = checked(y, deltas, alphas)
     if not deltas:
         return y
-    if torch.compiler.is_compiling() or y.numel() < LEAST_ELEMENTS or not use_kernels(y):
+    if torch.compiler.is_compiling() or y.numel() < LEAST_ELEMENTS or not use_kernels(y, *deltas):
         return reference(y, deltas, weights)
     out: Tensor = _blend(y, list(deltas), weights)
     return out

@@ -37,7 +37,7 @@ def blend_health(
     """What `blend` gives, and what `health` finds in it; arguments are theirs."""
     measuring.check(y, buckets)
     weights = blending.checked(y, deltas, alphas)
-    if not deltas or not use_kernels(y):
+    if not deltas or not use_kernels(y, *deltas):
         out = blending.blend(y, deltas, weights)
         return out, measuring.health(out, feature_dim=feature_dim, eps=eps, buckets=buckets, seed=seed)
     out, *found = _blend_health(y, list(deltas), weights, feature_dim, eps, buckets, seed)
