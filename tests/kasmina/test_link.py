@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -330,7 +331,8 @@ class ScriptedUrza(Service, urza_service_pb2_grpc.UrzaServiceServicer):
     name = "urza"
     grpc_service_names = ("esper.v1.UrzaService",)
     policy = allow(
-        "esper.v1.UrzaService", dict.fromkeys(("GetKernel", "DownloadKernel", "ListSigningKeys"), ANYONE_KNOWN)
+        "esper.v1.UrzaService",
+        dict.fromkeys(("GetKernel", "DownloadKernel", "ListKernels", "ListSigningKeys"), ANYONE_KNOWN),
     )
 
     def __init__(self, bundle, key):
@@ -345,6 +347,8 @@ class ScriptedUrza(Service, urza_service_pb2_grpc.UrzaServiceServicer):
         self.parts = None
         self.gate = None
         self.downloads = 0
+        self.fastest = None
+        self.listings = []
 
     def register(self, server):
         urza_service_pb2_grpc.add_UrzaServiceServicer_to_server(self, server)
@@ -361,6 +365,10 @@ class ScriptedUrza(Service, urza_service_pb2_grpc.UrzaServiceServicer):
         if request.kernel != self.id:
             raise NotFound(f"no kernel {request.kernel}", reason="KERNEL_NOT_FOUND")
         return urza_service_pb2.GetKernelResponse(kernel=self.kernel())
+
+    async def ListKernels(self, request, context):  # noqa: N802  # the contract's name
+        self.listings.append(request)
+        return urza_service_pb2.ListKernelsResponse(kernels=[] if self.fastest is None else [self.fastest])
 
     async def DownloadKernel(self, request, context):  # noqa: N802  # the contract's name
         self.downloads += 1
@@ -679,6 +687,60 @@ async def test_what_is_fetched_ahead_is_under_way_until_it_is_settled(open_link,
     await on_trainer(link.close, 2.0)
     link.prefetch([library.id])
     assert not link.under_way([library.id])
+
+
+def _measured(identifier, ratio):
+    """A kernel of the library whose verdict says this of small inputs."""
+    figures = {"latency.small.positions": 8.0, "latency.small.step.ratio": ratio, "latency.small.forward.ratio": ratio}
+    return kernel_pb2.Kernel(
+        id=identifier,
+        verdict=verdict_pb2.Verdict(
+            measurements=[verdict_pb2.Measurement(name=name, value=value) for name, value in figures.items()]
+        ),
+    )
+
+
+async def test_a_faster_variant_is_fetched_and_offered_once_it_is_loaded(open_link, library, monkeypatch):
+    """Told at a boundary what seeds use, the link asks for the fastest variant, and offers one that has faster code."""
+    link = open_link(variant_interval_s=0.0)
+    kernel = await on_trainer(_fetch, link, library.id)
+    asked = []
+    monkeypatch.setattr(link._kernels.variants, "_fetch", asked.extend)
+    better = kernel_id(7)
+    for fastest, expected in (
+        (None, []),
+        (_measured(library.id, 0.5), []),
+        (_measured(better, 0.99), []),
+        (_measured(better, 0.5), [better]),
+    ):
+        library.fastest, seen = fastest, len(library.listings)
+        link.hold_kernels([library.id])
+        await until(lambda seen=seen: len(library.listings) > seen and link._kernels.variants._task.done())
+        assert expected == asked
+    (request,) = library.listings[-1:]
+    assert request.fastest_only
+    assert (kernel.manifest.blueprint_id, 1) == (request.blueprint_id, len(request.signatures))
+    assert link.faster_kernel(library.id) is None
+    loaded = SimpleNamespace(compiled=None)
+    monkeypatch.setattr(link._kernels.cache, "get", {better: loaded}.get)
+    assert link.faster_kernel(library.id) is None
+    loaded.compiled = object()
+    assert link.faster_kernel(library.id) is loaded
+    link.hold_kernels([])
+    await until(lambda: link.faster_kernel(library.id) is None)
+
+
+async def test_a_library_that_does_not_answer_costs_a_seed_nothing(open_link, library):
+    """It keeps the kernel that it has; the library is asked again later."""
+    link = open_link(variant_interval_s=0.0)
+    await on_trainer(_fetch, link, library.id)
+    library.fastest = "no kernel at all"
+    for _ in range(2):
+        seen = len(library.listings)
+        link.hold_kernels([library.id])
+        await until(lambda seen=seen: len(library.listings) > seen and link._kernels.variants._task.done())
+    assert link.faster_kernel(library.id) is None
+    assert link.kernel(library.id) is not None
 
 
 def test_a_link_is_made_without_torch(run_python):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
+from esper.kasmina._link_variants import VariantScout
 from esper.kasmina.cache import Fetched, KernelCache
 from esper.kasmina.kernels.rejection import KernelRejected, KernelUntrusted
 from esper.kasmina.kernels.signing import PublicKey, SignedVerdict, TrustStore
@@ -88,6 +89,7 @@ class KernelFetcher:
             memory_bytes=settings.memory_bytes,
             disk_bytes=settings.disk_bytes,
         )
+        self.variants = VariantScout(settings, channel, self.cache, self.request_ahead)
         self._trust = TrustStore(settings.pinned_keys)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -166,6 +168,7 @@ class KernelFetcher:
         for kernel_id in fresh:
             self.cache.hold(kernel_id)
         self._worker.submit(self._let_go, gone)
+        self.variants.look(kernel_ids)
 
     def _begin(self, kernel_id: str, wanted: Signature | None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -175,6 +178,7 @@ class KernelFetcher:
     async def close(self) -> None:
         """Give up what is under way; loaded kernels stay in the cache."""
         self._closed = True
+        await self.variants.close()
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         for task in tasks:
             task.cancel()

@@ -111,6 +111,10 @@ class GuardedPlane:
             self._counters["plane_kernel"] += 1
             raise EsperError(f"kernel {kernel_id}: {type(error).__name__}: {error}") from error
 
+    def faster_kernel(self, kernel_id: str) -> object | None:
+        """A variant that is loaded, or None."""
+        return self._try("faster_kernel", lambda plane: plane.faster_kernel(kernel_id))
+
     def publish_health(self, columns: HealthColumns) -> None:
         """Hand telemetry over."""
         self._tell("publish_health", lambda plane: plane.publish_health(columns))

@@ -352,6 +352,9 @@ class ControlPlane(Protocol):
             esper.mesh.errors.EsperError: the kernel was refused or could not be fetched; the reasons are in the error.
         """
 
+    def faster_kernel(self, kernel_id: str) -> object | None:
+        """A loaded kernel that computes the same as this one, faster on this machine; None where there is none."""
+
     def publish_health(self, columns: HealthColumns) -> None:
         """Hand telemetry over; dropped and counted when the buffer is full."""
 

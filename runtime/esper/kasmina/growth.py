@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esper.kasmina import _checkpoint, _report, _summary
+from esper.kasmina import _checkpoint, _report, _summary, _swap
 from esper.kasmina._compile import inner_module
 from esper.kasmina._decide import Applied, Decider
 from esper.kasmina._faults import FaultDesk
@@ -238,7 +238,7 @@ class Growth:
     def _end_boundary(self) -> None:
         self.shared.renew()
         self.measurer.forget()
-        self.plane.hold_kernels(self.life)
+        self._guard("kernels", partial(_swap.settle_kernels, self))
         self.faults.publish()
 
     def _consult(self, validation: Validation, decisions: Sequence[Decision] | None) -> BoundaryReport:

@@ -62,6 +62,8 @@ class LinkSettings:
     """Deadline of one download."""
     kernel_attempts: int = 5
     """Attempts to fetch a kernel through trouble that may pass."""
+    variant_interval_s: float = 30.0
+    """Least time between two questions for a faster variant of one kernel in use."""
     max_kernels: int = 64
     """Kernels under way for seeds, kernels under way altogether when one is fetched ahead, and refusals remembered."""
     loaded_bytes: int = 512 << 20
@@ -166,6 +168,10 @@ class MeshLink:
             EsperError: it was refused or could not be fetched. Raised once: requesting it again starts afresh.
         """
         return self._kernels.look_up(kernel_id)
+
+    def faster_kernel(self, kernel_id: str) -> Kernel | None:
+        """A variant of a kernel in use that the library measured to be faster, once it is loaded."""
+        return self._kernels.variants.faster(kernel_id)
 
     def publish_health(self, columns: HealthColumns) -> None:
         """Hand telemetry over; dropped and counted when the buffers are full."""

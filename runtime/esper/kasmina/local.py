@@ -37,6 +37,8 @@ class LocalPlane:
         advise: Callable[[BoundaryState], Advice | None] | None = None,
     ) -> None:
         self.kernels = dict(kernels or {})
+        self.variants: dict[str, object] = {}
+        """Faster kernels, by the id of the one that each is to replace."""
         self.policy = advise
         self.hello: RunHello | None = None
         self.requested: list[str] = []
@@ -76,6 +78,10 @@ class LocalPlane:
     def kernel(self, kernel_id: str) -> object | None:
         """The kernel at hand, or None."""
         return self.kernels.get(kernel_id)
+
+    def faster_kernel(self, kernel_id: str) -> object | None:
+        """The variant at hand, or None."""
+        return self.variants.get(kernel_id)
 
     def publish_health(self, columns: HealthColumns) -> None:
         """Keep the last ones."""
