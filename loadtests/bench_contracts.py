@@ -66,7 +66,7 @@ def decisions() -> list[decision_pb2.Decision]:
 def health_batch() -> health_pb2.HealthBatch:
     """Telemetry of a thousand seeds at one step, nothing missing."""
     rng = random.Random(0)  # values of a benchmark
-    column = [[rng.random() for _ in range(SEEDS)] for _ in range(4)]
+    column = [[rng.random() for _ in range(SEEDS)] for _ in range(5)]
     return health_pb2.HealthBatch(
         run_id=RUN,
         step=100_000,
@@ -76,6 +76,7 @@ def health_batch() -> health_pb2.HealthBatch:
         gradient_norm=column[1],
         weight_norm=column[2],
         output_ratio=column[3],
+        bottleneck=column[4],
     )
 
 

@@ -71,41 +71,53 @@ def _transitions(report: Report) -> None:
 
 
 def _health(report: Report) -> None:
-    for name in ("mlp", "resnet"):
+    """A sample of one output measures the output, the next one its gradient and a branch: the mean of two counts."""
+    for name in ("mlp", "resnet", "transformer"):
         make, batch = HOSTS[name]
         model, x = make(), batch(0)[0]
         sites = discover(model, observe(model, (x,))).sites
-        targets = len({site.target for site in sites})
-
-        def step(model: nn.Module = model, x: torch.Tensor = x) -> float:
-            start = time.thread_time()
-            model(x).sum().backward()
-            return time.thread_time() - start
-
-        def sampled(model: nn.Module = model, x: torch.Tensor = x, targets: int = targets) -> float:
+        bare, two, worked = [], [], []
+        for place in {site.target for site in sites}:
             worker = Worker()
-            sampler = HealthSampler(model, sites, worker, targets)  # noqa: B023  # used within the iteration
-            start = time.thread_time()
-            handles = sampler.install()
-            model(x).sum().backward()
-            for handle in handles:
-                handle.remove()
-            sampler.collect()
-            took = time.thread_time() - start
-            worker.drain(5.0)
+            sampler = HealthSampler(model, [site for site in sites if site.target == place], worker)
+            for _ in range(6):
+                bare.append(_forward(model, x))
+                two.append(_sampled(model, x, sampler) + _sampled(model, x, sampler))
+                start = time.process_time()
+                worker.drain(30.0)
+                worked.append(1000 * (time.process_time() - start) / 2)
             worker.close()
-            return took
-
-        step()
-        gaps = [1000 * (sampled() - step()) / targets for _ in range(4 * PAIRS)]
+        gaps = [1000 * (both / 2 - once) for both, once in zip(two, bare, strict=True)]
         report.add(
-            f"health signal per site on the training thread, {name}",
+            f"health sample on the training thread, {name}",
             statistics.median(gaps),
             unit="ms",
             target=Target.below(0.1),
-            runs=gaps[:10],
-            sites=targets,
+            runs=gaps,
+            outputs=len({site.target for site in sites}),
         )
+        report.add(
+            f"health sample on the worker's thread, rank or score, {name}",
+            statistics.median(worked),
+            unit="ms",
+            runs=worked,
+        )
+
+
+def _forward(model: nn.Module, x: torch.Tensor) -> float:
+    start = time.thread_time()
+    model(x).sum().backward()
+    return time.thread_time() - start
+
+
+def _sampled(model: nn.Module, x: torch.Tensor, sampler: HealthSampler) -> float:
+    start = time.thread_time()
+    handles = sampler.install()
+    model(x).sum().backward()
+    for handle in handles:
+        handle.remove()
+    sampler.collect()
+    return time.thread_time() - start
 
 
 def main() -> None:

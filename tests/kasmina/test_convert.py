@@ -76,6 +76,7 @@ site_healths = st.builds(
     saturation=st.none() | st.floats(0, 1, width=32),
     dead_fraction=st.none() | st.floats(0, 1, width=32),
     gradient_norm=st.none() | finite32,
+    bottleneck=st.none() | st.floats(0, 1, width=32),
 )
 counterfactuals = st.builds(
     Counterfactual,
@@ -204,6 +205,7 @@ def healths(draw):
         gradient_norm=column(finite32),
         weight_norm=column(finite32),
         output_ratio=column(finite32),
+        bottleneck=column(st.floats(0, 1, width=32)),
     )
 
 

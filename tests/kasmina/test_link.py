@@ -782,6 +782,7 @@ def _health():
         gradient_norm=(0.5,),
         weight_norm=(2.0,),
         output_ratio=(0.25,),
+        bottleneck=(0.125,),
     )
 
 

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from esper.v1 import seed_pb2 as esper_dot_v1_dot_seed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65sper/v1/health.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x65sper/v1/seed.proto\"\xba\x03\n\x0bHealthBatch\x12\x1e\n\x06run_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x05runId\x12\x12\n\x04step\x18\x02 \x01(\x04R\x04step\x12\x1e\n\x04seed\x18\x03 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x04seed\x12<\n\x05stage\x18\x04 \x03(\x0e\x32\x13.esper.v1.SeedStageB\x11\xbaH\x0e\x92\x01\x0b\x10\x80\x80\x04\"\x05\x82\x01\x02\x10\x01R\x05stage\x12\x8b\x01\n\x05\x61lpha\x18\x05 \x03(\x02\x42u\xbaHr\x92\x01\x04\x10\x80\x80\x04\xba\x01h\n\tfractions\x12+expected each entry between 0 and 1, or NaN\x1a.this.all(value, !(value < 0.0 || value > 1.0))R\x05\x61lpha\x12/\n\rgradient_norm\x18\x06 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0cgradientNorm\x12+\n\x0bweight_norm\x18\x07 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\nweightNorm\x12-\n\x0coutput_ratio\x18\x08 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0boutputRatiob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65sper/v1/health.proto\x12\x08\x65sper.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x65sper/v1/seed.proto\"\xd2\x04\n\x0bHealthBatch\x12\x1e\n\x06run_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x05runId\x12\x12\n\x04step\x18\x02 \x01(\x04R\x04step\x12\x1e\n\x04seed\x18\x03 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x04seed\x12<\n\x05stage\x18\x04 \x03(\x0e\x32\x13.esper.v1.SeedStageB\x11\xbaH\x0e\x92\x01\x0b\x10\x80\x80\x04\"\x05\x82\x01\x02\x10\x01R\x05stage\x12\x8b\x01\n\x05\x61lpha\x18\x05 \x03(\x02\x42u\xbaHr\x92\x01\x04\x10\x80\x80\x04\xba\x01h\n\tfractions\x12+expected each entry between 0 and 1, or NaN\x1a.this.all(value, !(value < 0.0 || value > 1.0))R\x05\x61lpha\x12/\n\rgradient_norm\x18\x06 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0cgradientNorm\x12+\n\x0bweight_norm\x18\x07 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\nweightNorm\x12-\n\x0coutput_ratio\x18\x08 \x03(\x02\x42\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x0boutputRatio\x12\x95\x01\n\nbottleneck\x18\t \x03(\x02\x42u\xbaHr\x92\x01\x04\x10\x80\x80\x04\xba\x01h\n\tfractions\x12+expected each entry between 0 and 1, or NaN\x1a.this.all(value, !(value < 0.0 || value > 1.0))R\nbottleneckb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,6 +47,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEALTHBATCH'].fields_by_name['weight_norm']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
   _globals['_HEALTHBATCH'].fields_by_name['output_ratio']._loaded_options = None
   _globals['_HEALTHBATCH'].fields_by_name['output_ratio']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_HEALTHBATCH'].fields_by_name['bottleneck']._loaded_options = None
+  _globals['_HEALTHBATCH'].fields_by_name['bottleneck']._serialized_options = b'\272Hr\222\001\004\020\200\200\004\272\001h\n\tfractions\022+expected each entry between 0 and 1, or NaN\032.this.all(value, !(value < 0.0 || value > 1.0))'
   _globals['_HEALTHBATCH']._serialized_start=86
-  _globals['_HEALTHBATCH']._serialized_end=528
+  _globals['_HEALTHBATCH']._serialized_end=680
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class HealthBatch(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     WEIGHT_NORM_FIELD_NUMBER: _builtins.int
     OUTPUT_RATIO_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run; at most 64 bytes."""
     step: _builtins.int
@@ -61,6 +62,10 @@ class HealthBatch(_message.Message):
     def output_ratio(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Root mean square of alpha * delta over that of the host's output."""
 
+    @_builtins.property
+    def bottleneck(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Bottleneck score of the seed's site as last measured (SiteColumns.bottleneck), 0 to 1."""
+
     def __init__(
         self,
         *,
@@ -72,10 +77,11 @@ class HealthBatch(_message.Message):
         gradient_norm: _abc.Iterable[_builtins.float] | None = ...,
         weight_norm: _abc.Iterable[_builtins.float] | None = ...,
         output_ratio: _abc.Iterable[_builtins.float] | None = ...,
+        bottleneck: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "gradient_norm", b"gradient_norm", "output_ratio", b"output_ratio", "run_id", b"run_id", "seed", b"seed", "stage", b"stage", "step", b"step", "weight_norm", b"weight_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "bottleneck", b"bottleneck", "gradient_norm", b"gradient_norm", "output_ratio", b"output_ratio", "run_id", b"run_id", "seed", b"seed", "stage", b"stage", "step", b"step", "weight_norm", b"weight_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -145,6 +145,7 @@ class SiteColumns(_message.Message):
     SATURATION_FIELD_NUMBER: _builtins.int
     DEAD_FRACTION_FIELD_NUMBER: _builtins.int
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def site(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the sites, ascending; at most 65,536."""
@@ -165,6 +166,12 @@ class SiteColumns(_message.Message):
     def gradient_norm(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Root mean square of the loss's gradient at the output."""
 
+    @_builtins.property
+    def bottleneck(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Bottleneck score, 0 to 1, larger is narrower: share of the change that the loss asks of the output which a linear
+        branch would give and the host's own weights there can not, over the squared effective rank of what these read.
+        """
+
     def __init__(
         self,
         *,
@@ -173,10 +180,11 @@ class SiteColumns(_message.Message):
         saturation: _abc.Iterable[_builtins.float] | None = ...,
         dead_fraction: _abc.Iterable[_builtins.float] | None = ...,
         gradient_norm: _abc.Iterable[_builtins.float] | None = ...,
+        bottleneck: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_fraction", b"dead_fraction", "effective_rank", b"effective_rank", "gradient_norm", b"gradient_norm", "saturation", b"saturation", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "dead_fraction", b"dead_fraction", "effective_rank", b"effective_rank", "gradient_norm", b"gradient_norm", "saturation", b"saturation", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

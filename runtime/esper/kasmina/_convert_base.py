@@ -148,6 +148,7 @@ def site_health_to_proto(sites: Sequence[SiteHealth]) -> site_pb2.SiteColumns:
         saturation=column(site.saturation for site in sites),
         dead_fraction=column(site.dead_fraction for site in sites),
         gradient_norm=column(site.gradient_norm for site in sites),
+        bottleneck=column(site.bottleneck for site in sites),
     )
 
 
@@ -162,6 +163,7 @@ def site_health_from_proto(message: site_pb2.SiteColumns) -> tuple[SiteHealth, .
     saturation = entries(message.saturation, size, "saturation")
     dead = entries(message.dead_fraction, size, "dead_fraction")
     gradient = entries(message.gradient_norm, size, "gradient_norm")
+    bottleneck = entries(message.bottleneck, size, "bottleneck")
     return tuple(
         SiteHealth(
             index=index,
@@ -169,6 +171,7 @@ def site_health_from_proto(message: site_pb2.SiteColumns) -> tuple[SiteHealth, .
             saturation=optional(saturation, row),
             dead_fraction=optional(dead, row),
             gradient_norm=optional(gradient, row),
+            bottleneck=optional(bottleneck, row),
         )
         for row, index in enumerate(message.site)
     )

@@ -226,6 +226,7 @@ def health_to_proto(columns: HealthColumns) -> health_pb2.HealthBatch:
         gradient_norm=columns.gradient_norm,
         weight_norm=columns.weight_norm,
         output_ratio=columns.output_ratio,
+        bottleneck=columns.bottleneck,
     )
 
 
@@ -250,4 +251,5 @@ def health_from_proto(message: health_pb2.HealthBatch) -> HealthColumns:
         gradient_norm=column_of("gradient_norm"),
         weight_norm=column_of("weight_norm"),
         output_ratio=column_of("output_ratio"),
+        bottleneck=column_of("bottleneck"),
     )

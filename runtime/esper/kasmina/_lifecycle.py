@@ -119,6 +119,12 @@ class Lifecycle:
         return self.layout.stage_of(seed)
 
     @property
+    def blending(self) -> dict[str, SeedModule]:
+        """The seed that blends an output last, by the name of the module: hooks run in the order of `runs`."""
+        found = {run.site.target: run.attachment.seed for run in self.runs.values() if run.attachment is not None}
+        return {name: seed for name, seed in found.items() if seed.mode is seeds.Execution.BLENDED}
+
+    @property
     def fossilized(self) -> frozenset[int]:
         """Seeds that are the host's own."""
         return frozenset(int(seed) for seed in self.layout.at(Stage.FOSSILIZED))

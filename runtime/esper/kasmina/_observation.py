@@ -15,7 +15,7 @@ from esper.kasmina._compile import compiler_loaded, eagerly, is_compiled
 from esper.kasmina._probe import Call, ForwardWatch, Recorder
 from esper.kasmina._quiet import evaluating
 from esper.kasmina.distributed import ALONE
-from esper.kasmina.health import HealthSampler, Worker
+from esper.kasmina.health import HealthSampler, HostCopy, Worker
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import Discovery, Selection, discover, observe
 from esper.mesh.logging import get_logger
@@ -63,7 +63,7 @@ class Observation:
         self.sampler: HealthSampler | None = None
         self.refusals: tuple[Refusal, ...] = ()
         self.gradient_norm: float | None = None
-        """L2 norm of the host's gradient at the last sampled step."""
+        """L2 norm of the host's gradient at a recent sampled step."""
         self.compiled = is_compiled(life.model)
         """True where training forwards are compiled; what can not be known is seen at the first step."""
         self._life = life
@@ -127,7 +127,7 @@ class Observation:
         args, kwargs = self._inputs
         if self.sampler is not None and self._config.sample_every:
             with eagerly(), evaluating(self._model):
-                handles = self.sampler.install(_PER_BOUNDARY)
+                handles = self.sampler.install(count=_PER_BOUNDARY, graded=False)
                 try:
                     self._model(*args, **kwargs)
                 finally:
@@ -178,7 +178,10 @@ class Observation:
 
     def begin(self) -> None:
         """The sites are known."""
-        self.sampler = HealthSampler(self._model, self._life.sites, self.worker, self._config.sites_per_sample)
+        life, config = self._life, self._config
+        self.sampler = HealthSampler(
+            self._model, life.sites, self.worker, config.sites_per_sample, life.layout.statistics
+        )
         self._ready()
 
     def arm(self, step: int) -> None:
@@ -189,29 +192,36 @@ class Observation:
             self._watch.disarm()
             self._watch, self.compiled = None, True
             _log.info("the model is compiled: sites and health are learnt from validations")
-        if self._watch is not None and self.sampler is not None:
+        if self._watch is not None and self.sampler is not None and self.sampler.wants_gradient:
             # Its forward may come at any step; the gradient is wanted on that one.
             self._life.gradient.want()
-        if not every or step % every or (self.sampler is None and not self.compiled) or self._misses >= _MAX_MISSES:
-            return
-        if self.compiled:
-            self._due = True
-            self._life.gradient.want()
+        if not every or (self.sampler is None and not self.compiled) or self._misses >= _MAX_MISSES:
             return
         if self._watch is not None:
-            # A model that is called around its forward never shows its hooks one.
-            self._misses += 1
-            if self._misses == _MAX_MISSES:
-                self.reset()
-                _log.warning("health samples end: the model's forward does not run its hooks")
-            return
+            self._miss(step % every == 0)
+        elif self.compiled:
+            if step % every == 0:
+                self._due = True
+                self._life.gradient.want()
+        elif self.sampler is not None and self.sampler.due(step, every):
+            self._sample(self.sampler)
+
+    def _miss(self, count: int) -> None:
+        # A model that is called around its forward never shows its hooks one.
+        self._misses += count
+        if self._misses == _MAX_MISSES:
+            self.reset()
+            _log.warning("health samples end: the model's forward does not run its hooks")
+
+    def _sample(self, sampler: HealthSampler) -> None:
         for run in self._life.runs.values():
             if run.attachment is not None:
                 run.attachment.seed.measuring = True
-        sampler = self.sampler
-        assert sampler is not None
-        self._watch = ForwardWatch(self._model, lambda _args, _kwargs: sampler.install(), lambda _output: None)
-        self._life.gradient.want()
+        self._watch = ForwardWatch(
+            self._model, lambda _args, _kwargs: sampler.install(self._life.blending), lambda _output: None
+        )
+        if sampler.wants_gradient:
+            self._life.gradient.want()
 
     def collect(self, gradient: Gradient | None) -> bool:
         """After a step: hand what its forward gave to the worker; False where it was not a sampled one.
@@ -228,10 +238,10 @@ class Observation:
             self._misses = 0
             self.sampler.collect()
         if gradient is not None:
-            norm = gradient.norm
+            norm = HostCopy([gradient.norm])
 
             def read() -> None:
-                self.gradient_norm = float(norm)
+                self.gradient_norm = float(norm.wait()[0])
 
             self.worker.submit(read)
         return True

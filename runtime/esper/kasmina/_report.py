@@ -23,6 +23,7 @@ from esper.kasmina.control import (
     SeedState,
     Stage,
 )
+from esper.kasmina.health import HostCopy
 from esper.kasmina.kernels.target import Target
 from esper.kasmina.newborn import host_groups
 
@@ -175,29 +176,36 @@ def health_job(growth: Growth) -> Callable[[], None] | None:
     runs = [run for run in life.runs.values() if run.attachment is not None]
     if not runs:
         return None
-    columns: list[tuple[int, int, Tensor, Tensor | None, Tensor, Tensor | None]] = []
+    indices, stages, found = [], [], []
     for run in runs:
         assert run.attachment is not None
         seed = run.attachment.seed
-        gradient = life.groups.gradient_norm(run.index)
-        alpha = seed.alpha.detach().clone()
-        columns.append((run.index, int(life.stage(run.index)), alpha, gradient, _weights(run), seed.ratio))
+        indices.append(run.index)
+        stages.append(int(life.stage(run.index)))
+        found += [seed.alpha.detach().clone(), life.groups.gradient_norm(run.index), _weights(run), seed.ratio]
         seed.measuring = run.blend is not None
-    step, run_id, plane = growth.steps, growth.run_id, growth.plane
+    copy = HostCopy([value for value in found if value is not None])
+    step, run_id, plane, statistics = growth.steps, growth.run_id, growth.plane, life.layout.statistics
 
     def publish() -> None:
-        rows = [(i, stage, *(math.nan if v is None else float(v) for v in values)) for i, stage, *values in columns]
-        seed, stage, alpha, gradient, weight, ratio = zip(*rows, strict=True)
+        arrived = iter(copy.wait())
+        values = [math.nan if value is None else float(next(arrived)) for value in found]
+        alpha, gradient, weight, ratio = (tuple(values[column::4]) for column in range(4))
+        with statistics.writing():
+            statistics["gradient_norm"][indices] = gradient
+            statistics["weight_norm"][indices] = weight
+            statistics["output_ratio"][indices] = ratio
         plane.publish_health(
             HealthColumns(
                 run_id=run_id,
                 step=step,
-                seed=seed,
-                stage=stage,
+                seed=tuple(indices),
+                stage=tuple(stages),
                 alpha=alpha,
                 gradient_norm=gradient,
                 weight_norm=weight,
                 output_ratio=ratio,
+                bottleneck=tuple(statistics["bottleneck"][indices].tolist()),
             )
         )
 

@@ -161,6 +161,10 @@ class SiteHealth:
     """Fraction of features that are (almost) constant over the sample."""
     gradient_norm: float | None = None
     """L2 norm of the task loss's gradient at the site's output, per element root mean square."""
+    bottleneck: float | None = None
+    """Share of the change that the loss asks of the site's output which a linear branch would give and the host's own
+    weights there can not, over the squared effective rank of what these read: 0 to 1, larger is narrower. None also
+    where no linear branch could add anything: series sites, and branches beside a single layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +319,8 @@ class HealthColumns:
     weight_norm: tuple[float, ...]
     output_ratio: tuple[float, ...]
     """Root mean square of alpha * delta over that of the host's output."""
+    bottleneck: tuple[float, ...]
+    """Bottleneck score of the seed's site, as last measured."""
 
 
 class ControlPlane(Protocol):

@@ -1,120 +1,41 @@
 """Statistics of site outputs from a bounded sample on sampled steps, computed on a thread of their own.
 
-On a sampled step the training thread copies at most `ROWS` rows of a few sites' outputs and asks for the gradient's
-size there; no value is read back, so no device is waited for. Eigenvalues are taken by a worker thread. Between samples
-there is no hook on the model. What was not measured is None.
-
-Effective rank (O. Roy, M. Vetterli, *The effective rank*, EUSIPCO 2007) is exp of the entropy of the normalised
-eigenvalues of the feature covariance.
+On a sampled step the training thread copies at most `ROWS` rows of a few outputs, their gradients and inputs; no value
+is read back, so no device is waited for. On a CUDA device the outputs are not sampled but measured whole there, in one
+pass (`ops.health`), together with the blend of a seed where one has just run. Spectra and regressions are taken by a
+worker thread (`_spectrum`). Between samples there is no hook on the model. What was not measured is None.
 """
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from esper.kasmina._ports import Port, output_tensor, why_no_tensor
-from esper.kasmina._quiet import harmless
+from esper.kasmina._place import ROWS, Place, Taken, rows_of
+from esper.kasmina._spectrum import bottleneck, dead_fraction, effective_rank, saturation
+from esper.kasmina._worker import HostCopy, Worker
 from esper.kasmina.control import SiteHealth
+from esper.kasmina.layout import SeedLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from esper.kasmina._columns import Columns, Snapshot
+    from esper.kasmina._ports import Port
+    from esper.kasmina.attach import SeedModule
     from esper.kasmina.sites import Site
 
-__all__ = ["ROWS", "HealthSampler", "Worker", "dead_fraction", "effective_rank"]
+__all__ = ["ROWS", "HealthSampler", "HostCopy", "Worker", "bottleneck", "dead_fraction", "effective_rank"]
 
-ROWS = 256
-"""Rows of a sample: samples times positions."""
-_BATCH = 32
-_POSITIONS = ((), (ROWS // _BATCH,), (2, ROWS // _BATCH // 2))
-"""Positions taken of each sample, by dimension: of a vector, a sequence, an image."""
-
-
-def effective_rank(rows: NDArray[np.float64]) -> float | None:
-    """Of (rows, features): between 1 and the number of features; None where nothing varies or a value is not finite."""
-    if len(rows) < 2 or not np.isfinite(rows).all():
-        return None
-    centred = rows - rows.mean(axis=0)
-    # The Gram matrix has the same non-zero eigenvalues as the covariance, and is smaller for wide sites.
-    gram = centred.T @ centred if centred.shape[1] <= len(centred) else centred @ centred.T
-    values = np.clip(np.linalg.eigvalsh(gram), 0.0, None)
-    total = values.sum()
-    if total <= 0.0:
-        return None
-    shares = values[values > 1e-12 * total] / total
-    return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def dead_fraction(rows: NDArray[np.float64]) -> float | None:
-    """Share of features whose deviation is at most 1e-5 of the largest one's; None for fewer than two rows."""
-    if len(rows) < 2 or not np.isfinite(rows).all():
-        return None
-    deviation = rows.std(axis=0)
-    largest = deviation.max()
-    return float((deviation <= 1e-5 * largest).mean()) if largest > 0.0 else 1.0
-
-
-class Worker:
-    """One daemon thread that runs small jobs in order; a full queue sheds the job and counts it.
-
-    Args:
-        limit: jobs that may wait.
-    """
-
-    def __init__(self, limit: int = 8) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(limit)
-        self._thread: threading.Thread | None = None
-        self.shed = 0
-        self.failures = 0
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job; the thread starts with the first one."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="esper-health", daemon=True)
-            self._thread.start()
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            self.shed += 1
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until what is queued is done; False where that takes longer than `timeout_s`."""
-        if self._thread is None:
-            return True
-        done = threading.Event()
-        try:
-            self._jobs.put(done.set, timeout=timeout_s)
-        except queue.Full:
-            return False
-        return done.wait(timeout_s)
-
-    def close(self, timeout_s: float = 1.0) -> None:
-        """End the thread after what is queued; gives up waiting after `timeout_s`."""
-        if self._thread is None:
-            return
-        try:
-            self._jobs.put(None, timeout=timeout_s)
-        except queue.Full:
-            return
-        self._thread.join(timeout_s)
-        self._thread = None
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception:  # noqa: BLE001  # statistics must never end the thread that the next ones need
-                self.failures += 1
+_GRADIENT_EVERY = 8
+"""Samples from one measurement of the host's gradient to the next: it reads every gradient, a sample a few rows."""
+_SAVED = ("effective_rank", "dead_fraction", "rows", "site_gradient", "bottleneck")
+_MEASURED = ("effective_rank", "dead_fraction", "rows")
 
 
 class HealthSampler:
@@ -123,109 +44,164 @@ class HealthSampler:
     Args:
         model: the host.
         sites: all sites of the run; those with the same output module are measured together.
-        per_sample: output modules measured on one sampled step.
         worker: runs the linear algebra.
+        per_sample: output modules measured on one sampled step.
+        statistics: where what is found is written, by the worker alone; None makes a place of its own.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], worker: Worker, per_sample: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        worker: Worker,
+        per_sample: int = 1,
+        statistics: Columns | None = None,
+    ) -> None:
         self._worker = worker
         self._per_sample = per_sample
-        self._by_target: dict[str, list[Site]] = {}
+        self._sites = {site.index: site for site in sites}
+        self.statistics = SeedLayout(max(self._sites, default=-1) + 1).statistics if statistics is None else statistics
+        by_target: dict[str, list[Site]] = {}
         for site in sites:
-            self._by_target.setdefault(site.target, []).append(site)
-        self._targets = list(self._by_target)
-        self._modules = {name: model.get_submodule(name) for name in self._targets}
+            by_target.setdefault(site.target, []).append(site)
+        self._taken: dict[Place, Taken] = {}
+        self._places = {name: Place(model, there, self._taken) for name, there in by_target.items()}
+        self._order = list(self._places.items())
         self.position = 0
-        """Where the rotation stands; checkpointed."""
-        self._taken: dict[str, tuple[Tensor, list[Tensor], int]] = {}
-        self._found: dict[str, tuple[float | None, float | None, float | None]] = {}
+        """Outputs measured so far, in rotation; checkpointed."""
+        self._samples = 0
+        self._told = 0
+        """The last sample that `take` has told of."""
 
-    def install(self, count: int | None = None) -> list[RemovableHandle]:
+    def due(self, step: int, every: int) -> bool:
+        """Whether the forward after `step` is sampled: at first each, with every round over all outputs half as many.
+
+        Growth decides early and wants to know all outputs soon; in the long run one step in `every` is sampled.
+        """
+        rounds = self.position // max(1, len(self._order))
+        return step % min(every, 1 << min(rounds, 30)) == 0
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the host's gradient is to be measured with the next sample: with the first, and some later ones."""
+        return self.position // self._per_sample % _GRADIENT_EVERY == 0
+
+    def install(
+        self, blending: Mapping[str, SeedModule] | None = None, *, count: int | None = None, graded: bool = True
+    ) -> list[RemovableHandle]:
         """Hooks for the forward that is about to run, at the outputs whose turn it is.
 
         Args:
+            blending: the seed that blends an output last, by the name of the module.
             count: of outputs; None takes ``per_sample``.
+            graded: False where no backward will follow.
         """
-        count = min(self._per_sample if count is None else count, len(self._targets))
-        chosen = [self._targets[(self.position + i) % len(self._targets)] for i in range(count)]
-        self.position = (self.position + count) % max(1, len(self._targets))
-        self._taken = {}
-        return [self._modules[name].register_forward_hook(self._observe(name)) for name in chosen]
-
-    def _observe(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        port = self._by_target[name][0].y
-
-        @harmless
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if why_no_tensor(output):
-                return
-            y = output_tensor(output)
-            gradients: list[Tensor] = []
-            self._taken[name] = (_sample(y, port), gradients, y.numel())
-            if y.requires_grad:
-
-                @harmless
-                def keep(gradient: Tensor) -> None:
-                    gradients.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
-
-                y.register_hook(keep)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-        return hook
+        total = len(self._order)
+        count = min(self._per_sample if count is None else count, total)
+        chosen = [self._order[(self.position + i) % total] for i in range(count)]
+        turn = self.position // max(1, total) if graded else 0
+        self.position += len(chosen)
+        self._taken.clear()
+        for name, place in chosen:
+            place.seed = blending.get(name) if blending else None
+        return [handle for _, place in chosen for handle in place.install(turn)]
 
     def collect(self) -> None:
         """After the sampled step: hand what was taken to the worker."""
-        taken, self._taken = self._taken, {}
-        if taken:
-            self._worker.submit(lambda: self._compute(taken))
+        if not self._taken:
+            return
+        self._samples += 1
+        number, taken = self._samples, list(self._taken.items())
+        self._taken.clear()
+        copies = [HostCopy(sample.tensors()) for _, sample in taken]
 
-    def _compute(self, taken: dict[str, tuple[Tensor, list[Tensor], int]]) -> None:
-        for name, (sample, gradients, size) in taken.items():
-            values = _rows(sample, self._by_target[name][0].y).numpy()
-            norm = float(gradients[-1]) / size**0.5 if gradients else math.nan
-            # A gradient that overflowed under a gradient scaler says nothing.
-            self._found[name] = (effective_rank(values), dead_fraction(values), norm if math.isfinite(norm) else None)
+        def compute() -> None:
+            for (place, sample), copy in zip(taken, copies, strict=True):
+                sample.hosted(copy.wait())
+                if sample.y is not None or sample.statistics is not None:
+                    self._write(place.rows, number, _MEASURED, _measure(place.port, sample))
+                elif sample.gradient is not None:
+                    self._write(place.rows, number, ("site_gradient",), (_size(place.port, sample),))
+                    if sample.site is not None:
+                        self._write([sample.site.index], number, ("bottleneck",), (_weigh(place.port, sample),))
+
+        self._worker.submit(compute)
+
+    def _write(self, rows: Sequence[int], number: int, names: Sequence[str], values: Sequence[float | None]) -> None:
+        with self.statistics.writing():
+            for name, value in zip(names, values, strict=True):
+                self.statistics[name][rows] = math.nan if value is None else value
+            self.statistics["sample"][rows] = number
 
     def take(self) -> tuple[SiteHealth, ...]:
         """What was measured since the last call, by site index."""
-        found, self._found = self._found, {}
-        return tuple(sorted(self._describe(found), key=lambda health: health.index))
+        seen = self.statistics.snapshot()
+        fresh = self._fresh(seen)
+        self._told = int(seen["sample"].max(initial=self._told))
+        return tuple(_describe(self._sites[row], seen, row) for row in fresh)
 
-    def _describe(self, found: dict[str, tuple[float | None, float | None, float | None]]) -> Iterable[SiteHealth]:
-        for name, (rank, dead, gradient) in found.items():
-            for site in self._by_target[name]:
-                saturation = None if rank is None else min(1.0, rank / site.descriptor.narrowest_width)
-                yield SiteHealth(
-                    index=site.index,
-                    effective_rank=rank,
-                    saturation=saturation,
-                    dead_fraction=dead,
-                    gradient_norm=gradient,
-                )
+    def _fresh(self, seen: Snapshot) -> list[int]:
+        return [row for row in np.flatnonzero(seen["sample"] > self._told).tolist() if row in self._sites]
 
     def document(self) -> dict[str, Any]:
-        """As JSON types: the rotation, and what was measured since the last boundary."""
-        return {"position": self.position, "found": {name: list(values) for name, values in self._found.items()}}
+        """As JSON types: the rotation, all that was measured, and of which of it `take` has not told."""
+        seen = self.statistics.snapshot()
+        measured = [row for row in np.flatnonzero(seen["sample"]).tolist() if row in self._sites]
+        return {
+            "position": self.position,
+            "sites": {str(row): [_known(seen[name][row]) for name in _SAVED] for row in measured},
+            "fresh": self._fresh(seen),
+        }
 
     def restore(self, document: dict[str, Any]) -> None:
-        """Read `document`."""
+        """Read `document`; before the worker is given anything. Old ones hold the rotation alone."""
         self.position = document["position"]
-        self._found = {name: (v[0], v[1], v[2]) for name, v in document["found"].items() if name in self._by_target}
+        fresh = document.get("fresh", ())
+        self._told, self._samples = self._samples + 1, self._samples + 2
+        for row, values in document.get("sites", {}).items():
+            if int(row) in self._sites:
+                self._write([int(row)], self._samples if int(row) in fresh else self._told, _SAVED, values)
 
 
-def _sample(y: Tensor, port: Port) -> Tensor:
-    """Evenly spaced samples and positions of y, copied, in the order of y: one slice, one copy."""
-    spread = iter(_POSITIONS[port.layout.rank - 2])
-    index = []
-    for dim, size in enumerate(y.shape):
-        if dim == port.feature_dim:
-            index.append(slice(None))
-        else:
-            wanted = _BATCH if dim == port.batch_dim else next(spread, 1)
-            index.append(slice(None, None, -(-size // wanted)))
-    return y[tuple(index)].detach().clone()
+def _measure(port: Port, taken: Taken) -> tuple[float | None, ...]:
+    """In the order of `_MEASURED`; on the worker's thread."""
+    if taken.statistics is not None:
+        values, dead = taken.statistics.sketch.double().numpy(), _known(float(taken.statistics.still_fraction))
+    else:
+        assert taken.y is not None
+        values = rows_of(taken.y, port)
+        dead = dead_fraction(values)
+    total = taken.shape.numel() // taken.shape[port.feature_dim]
+    return effective_rank(values), dead, min(len(values), total)
 
 
-def _rows(sample: Tensor, port: Port) -> Tensor:
-    """(rows, features) of a sample, in float64 on the host."""
-    features = sample.movedim(port.feature_dim, -1)
-    return features.reshape(-1, features.shape[-1]).to("cpu", torch.float64)
+def _size(port: Port, taken: Taken) -> float | None:
+    """Root mean square of the gradient; None where it overflowed under a gradient scaler, which says nothing."""
+    if taken.norm is not None:
+        size = float(taken.norm.norm / taken.norm.finite.sum().sqrt())
+        return size if not taken.norm.nonfinite else None
+    assert taken.gradient is not None
+    size = float(np.sqrt(np.square(rows_of(taken.gradient, port)).mean()))
+    return size if math.isfinite(size) else None
+
+
+def _weigh(port: Port, taken: Taken) -> float | None:
+    """The score of a branch; on the worker's thread."""
+    parts = [rows_of(part, port) for part in (taken.branch, taken.own, taken.gradient) if part is not None]
+    return bottleneck(*parts) if len(parts) == 3 else None
+
+
+def _describe(site: Site, seen: Snapshot, row: int) -> SiteHealth:
+    rank = _known(seen["effective_rank"][row])
+    return SiteHealth(
+        index=site.index,
+        effective_rank=rank,
+        saturation=saturation(rank, site.descriptor.narrowest_width, int(seen["rows"][row])),
+        dead_fraction=_known(seen["dead_fraction"][row]),
+        gradient_norm=_known(seen["site_gradient"][row]),
+        bottleneck=_known(seen["bottleneck"][row]),
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

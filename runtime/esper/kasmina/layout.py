@@ -62,9 +62,10 @@ STATISTICS: Mapping[str, type[np.generic]] = {
     "dead_fraction": np.float32,
     "site_gradient": np.float32,
     "bottleneck": np.float32,
+    "rows": np.int32,
     "sample": np.int64,
 }
-"""Columns of the statistics: the first three of the seed, the others of its site. ``sample`` counts the samples."""
+"""Columns of the statistics: three of the seed, the others of its site, from ``rows`` of the sample of that number."""
 
 _DOCUMENT = ("stage", "steps_in_stage", "boundaries_in_stage", "closed_boundaries", "alpha")
 

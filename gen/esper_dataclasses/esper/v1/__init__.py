@@ -2829,6 +2829,11 @@ class HealthBatch(betterproto2.Message):
     Root mean square of alpha * delta over that of the host's output.
     """
 
+    bottleneck: "list[float]" = betterproto2.field(9, betterproto2.TYPE_FLOAT, repeated=True)
+    """
+    Bottleneck score of the seed's site as last measured (SiteColumns.bottleneck), 0 to 1.
+    """
+
 
 default_message_pool.register_message("esper.v1", "HealthBatch", HealthBatch)
 
@@ -4645,6 +4650,12 @@ class SiteColumns(betterproto2.Message):
     gradient_norm: "list[float]" = betterproto2.field(5, betterproto2.TYPE_FLOAT, repeated=True)
     """
     Root mean square of the loss's gradient at the output.
+    """
+
+    bottleneck: "list[float]" = betterproto2.field(6, betterproto2.TYPE_FLOAT, repeated=True)
+    """
+    Bottleneck score, 0 to 1, larger is narrower: share of the change that the loss asks of the output which a linear
+    branch would give and the host's own weights there can not, over the squared effective rank of what these read.
     """
 
 
