@@ -61,6 +61,7 @@ class SiteMark:
     failures: int = 0
     closed_until: int = 0
     """No germination before this boundary."""
+    bottleneck: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ def observe(memory: Memory, state: BoundaryState, *, embargo: int) -> Memory:
             draft.marks.get(health.index, SiteMark(health.index)),
             effective_rank=_rounded(health.effective_rank),
             saturation=_rounded(health.saturation),
+            bottleneck=_rounded(health.bottleneck),
         )
     seeds = {seed.index: seed for seed in state.seeds}
     known = {life.seed: life for life in memory.lives}

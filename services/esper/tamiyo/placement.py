@@ -3,6 +3,9 @@
 Narrowest first, which nobody has beaten by much (regret 0.8 points; random 6.5), then lowest effective rank (1.7).
 Width counts what has grown already: a width of 4 with one seed around it ranks like 8. Among equals a branch around
 the narrow part comes first, because an adapter of fixed width cannot repair a width bottleneck.
+
+Where the rules say so, the bottleneck score that the runtime measures decides before the width; what has grown around a
+site divides it. Sites without a score come after those that have one.
 """
 
 from __future__ import annotations
@@ -39,6 +42,11 @@ class Candidate:
         return self.site.narrowest_width * (1 + self.grown)
 
     @property
+    def score(self) -> float | None:
+        """Bottleneck score, shared with the seeds grown around it: they may have repaired it since it was measured."""
+        return None if self.mark.bottleneck is None else self.mark.bottleneck / (1 + self.grown)
+
+    @property
     def narrowest(self) -> str:
         """Narrowest width and the seeds that grew around it, in words."""
         grown = f" ({self.grown} grown)" if self.grown else ""
@@ -47,18 +55,22 @@ class Candidate:
     def __str__(self) -> str:
         rank = "not measured" if self.mark.effective_rank is None else f"{self.mark.effective_rank:.3g}"
         full = "not measured" if self.mark.saturation is None else f"{self.mark.saturation:.2f}"
+        score = "not measured" if self.mark.bottleneck is None else f"{self.mark.bottleneck:.3g}"
         return (
             f"site {self.site.name} ({self.site.kind.value}): {self.narrowest}, "
-            f"effective rank {rank}, saturation {full}"
+            f"effective rank {rank}, saturation {full}, bottleneck {score}"
         )
 
 
-def order_of(site: SiteDescriptor, width: int, failures: int, rank: float | None) -> tuple[float, ...]:
-    """Sort key: smaller grows sooner. Known before anything is measured, too, with `rank` None."""
+def order_of(
+    site: SiteDescriptor, width: int, failures: int, rank: float | None, score: float | None = None
+) -> tuple[float, ...]:
+    """Sort key: smaller grows sooner. Known before anything is measured, too, with `rank` and `score` None."""
     # The width of the model's output is the task's own: there is nothing to widen.
     output = site.depth >= _OUTPUT_DEPTH and site.narrowest_width >= site.signature.out_features
     return (
         output,
+        float("inf") if score is None else -score,
         width,
         not repairs(site),
         failures,
@@ -95,5 +107,8 @@ def candidates(situation: Situation) -> tuple[list[Candidate], dict[str, int]]:
             closed["not saturated"] += 1
         else:
             found.append(Candidate(site, mark, grown[site.index]))
-    found.sort(key=lambda c: order_of(c.site, c.width, c.mark.failures, c.mark.effective_rank))
+    scored = rules.place_by == "bottleneck"
+    found.sort(
+        key=lambda c: order_of(c.site, c.width, c.mark.failures, c.mark.effective_rank, c.score if scored else None)
+    )
     return found, {reason: count for reason, count in closed.items() if count}

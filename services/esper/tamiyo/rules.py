@@ -1,6 +1,6 @@
 """Every number that the controller decides by, with its default, its bound and its reason; see docs/tamiyo.md."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,10 @@ class Rules(Section):
 
     saturation_floor: Fraction = 0.2
     """Below it a site has no deficit and is left alone even on a plateau: on a healthy host grafting is neutral."""
+
+    place_by: Literal["width", "bottleneck"] = "width"
+    """What ranks sites: the narrowest width, or the bottleneck score, after which sites that have none follow by width.
+    Both chose equally well where that was measured (regret 0.8 points); the width is known before anything is."""
 
     plateau_window: Annotated[int, Field(ge=3, le=64)] = 5
     """Boundaries over which the slope of the validation loss is fitted."""

@@ -251,8 +251,17 @@ def test_history_is_bounded():
 
 def test_the_largest_run_fits_the_contract():
     """4,096 sites with statistics stay within the 1 MiB of controller_state."""
-    sites = tuple(SiteMark(i, 12.34, 0.7712, 2, 100_000) for i in range(4096))
+    sites = tuple(SiteMark(i, 12.34, 0.7712, 2, 100_000, 0.003456) for i in range(4096))
     assert len(dump(Memory(sites=sites))) < MAX_STATE_BYTES // 4
+
+
+def test_a_state_from_before_there_were_scores_is_read():
+    """A run that is resumed under a newer controller goes on; the score is missing until it is measured."""
+    memory = load(dump(Memory(sites=(SiteMark(1, 3.0, 0.5, 1, 7),))).replace(b",7,null]", b",7]"))
+    assert (SiteMark(1, 3.0, 0.5, 1, 7),) == memory.sites
+    seen = _lived(make_state(2, sites=(SiteHealth(index=1, bottleneck=0.25),)), memory=memory)
+    assert 0.25 == seen.marks()[1].bottleneck
+    assert seen == load(dump(seen))
 
 
 # Catalogue and preparation

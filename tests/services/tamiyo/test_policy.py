@@ -144,9 +144,9 @@ def test_only_the_window_is_fitted():
 # Where
 
 
-def _order(sites, health=(), memory=None, seeds=()):
+def _order(sites, health=(), memory=None, seeds=(), rules=RULES):
     state = make_state(3, seeds, sites=tuple(health))
-    found, _ = candidates(make_situation(state, make_hello(sites), memory=memory))
+    found, _ = candidates(make_situation(state, make_hello(sites), memory=memory, rules=rules))
     return [candidate.site.index for candidate in found]
 
 
@@ -161,6 +161,24 @@ def test_among_equals_the_lowest_effective_rank():
     sites = [make_site(0), make_site(1), make_site(2)]
     health = [SiteHealth(index=1, effective_rank=6.0), SiteHealth(index=2, effective_rank=3.0)]
     assert [2, 1, 0] == _order(sites, health)
+
+
+def test_the_bottleneck_score_decides_where_it_is_chosen():
+    """Before the width, but not for the output; shared with what has grown; missing comes after measured, by width."""
+    sites = [
+        make_site(0, narrowest_width=2, name="a"),
+        make_site(1, narrowest_width=8, name="b"),
+        make_site(2, narrowest_width=4, name="c"),
+        make_site(3, narrowest_width=6, name="d"),
+        make_site(4, narrowest_width=2, depth=1.0, signature=Signature(Layout.IMAGE, 8, 2), name="e"),
+    ]
+    health = [SiteHealth(index=i, bottleneck=score) for i, score in ((1, 0.04), (3, 0.05), (4, 0.9))]
+    assert [0, 2, 3, 1, 4] == _order(sites, health)
+    rules = RULES.model_copy(update={"place_by": "bottleneck"})
+    assert [3, 1, 0, 2, 4] == _order(sites, health, rules=rules)
+    assert [1, 3, 0, 2, 4] == _order(
+        [*sites, make_site(5, name="d.inner")], health, seeds=[make_seed(5, Stage.FOSSILIZED)], rules=rules
+    )
 
 
 def test_a_branch_around_the_narrow_part_comes_before_what_cannot_repair_it():
