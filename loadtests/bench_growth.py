@@ -18,11 +18,12 @@ from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.layout import STATE, STATISTICS, SeedLayout
 from esper.kasmina.sites import discover, observe
 from examples.dormant_equality import HOSTS
+from loadtests import _bottleneck as _bottlenecks
 from loadtests._report import Report, Target
 
 SEEDS = 1000
-PAIRS = 25
-STEPS = 20
+REPEATS = 10
+"""Of each output."""
 
 
 def _transitions(report: Report) -> None:
@@ -80,7 +81,7 @@ def _health(report: Report) -> None:
         for place in {site.target for site in sites}:
             worker = Worker()
             sampler = HealthSampler(model, [site for site in sites if site.target == place], worker)
-            for _ in range(6):
+            for _ in range(REPEATS):
                 bare.append(_forward(model, x))
                 two.append(_sampled(model, x, sampler) + _sampled(model, x, sampler))
                 start = time.process_time()
@@ -120,11 +121,20 @@ def _sampled(model: nn.Module, x: torch.Tensor, sampler: HealthSampler) -> float
     return time.thread_time() - start
 
 
+def _bottleneck(report: Report) -> None:
+    """How often a signal leads around a planted narrow layer; by chance it would in four cases of ten."""
+    for name, activation in (("relu", nn.ReLU), ("tanh", nn.Tanh)):
+        hosts = list(_bottlenecks.right(activation, range(5)))
+        for signal in _bottlenecks.SIGNALS:
+            share = sum(host[signal] for host in hosts) / len(hosts)
+            report.add(f"{signal} leads around a planted bottleneck, {name}", share, unit="share", hosts=len(hosts))
+
+
 def main() -> None:
     """Print the figures of this machine."""
     torch.set_num_threads(1)
     report = Report("growth", packages=("torch", "numpy"))
-    for part in (_transitions, _health):
+    for part in (_transitions, _health, _bottleneck):
         part(report)
 
 
