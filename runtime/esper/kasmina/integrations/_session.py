@@ -15,7 +15,6 @@ import torch
 from esper.kasmina import _checkpoint
 from esper.kasmina.control import Stage
 from esper.kasmina.growth import Growth, wrap
-from esper.mesh.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     Kernels = Mapping[str, KernelLike] | Callable[[str], KernelLike | None]
 
-__all__ = ["LeftOut", "Session", "is_of_a_seed", "refuse_many", "unwrapped"]
+__all__ = ["LeftOut", "Session", "is_of_a_seed", "unwrapped"]
 
 _PART = re.compile(r"(^|\.)esper_seed_\d+\.")
 
@@ -188,13 +187,3 @@ class Session:
         """Deliver what is buffered; seeds stay in the model as they are."""
         if self.growth is not None:
             self.growth.close()
-
-
-def refuse_many(count: int, framework: str) -> None:
-    """One process only.
-
-    Raises:
-        InvalidInput: there are several.
-    """
-    if count > 1:
-        raise InvalidInput(f"GrowthCallback of {framework}: expected one process with one device, found {count}")

@@ -20,13 +20,14 @@ import torch
 
 from esper.kasmina._quiet import untouched
 from esper.kasmina.attach import SeedModule
-from esper.kasmina.integrations._session import Session, is_of_a_seed, refuse_many, unwrapped
+from esper.kasmina.integrations._session import Session, is_of_a_seed, unwrapped
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
 try:
     from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch.callbacks import WeightAveraging
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics import Metric
@@ -152,7 +153,9 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # lightning is not follow
         """The optimizer is there, and its state is not loaded yet."""
         if len(trainer.optimizers) != 1:
             raise InvalidInput(f"GrowthCallback: expected one optimizer, found {len(trainer.optimizers)}")
-        refuse_many(trainer.world_size, "lightning")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            found = type(trainer.strategy).__name__
+            raise InvalidInput(f"GrowthCallback: expected the strategy of a single device or DDP, found {found}")
         state, self._state = self._state, None
         if state is not None:
             self._found = state["module"]
@@ -170,8 +173,10 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # lightning is not follow
     def _called(self, trainer: Trainer, name: str) -> Callable[[nn.Module, Any], None]:
         """A hook that finds the first module that a training step calls."""
 
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if self._found is None and torch.is_grad_enabled() and trainer.training:
+        def hook(module: nn.Module, _args: Any) -> None:
+            # A strategy that wraps the module goes through its forward to call the training step.
+            redirected = "forward" in vars(module)
+            if self._found is None and torch.is_grad_enabled() and trainer.training and not redirected:
                 self._found = name
 
         return hook

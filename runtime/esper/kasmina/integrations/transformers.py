@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esper.kasmina._quiet import untouched
-from esper.kasmina.integrations._session import LeftOut, Session, refuse_many, unwrapped
+from esper.kasmina.integrations._session import LeftOut, Session, unwrapped
 from esper.mesh.errors import InvalidInput
 from esper.mesh.logging import get_logger
 
@@ -101,10 +101,18 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The Trainer is made; a callback is not told which, so who holds its state is asked for."""
         del control, kwargs
-        refuse_many(max(args.world_size, args.n_gpu), "transformers")
+        if args.n_gpu > 1:
+            raise InvalidInput(
+                f"GrowthCallback: expected one device to a process, found {args.n_gpu}: start one process for each, "
+                "as torchrun does"
+            )
         holders = gc.get_referrers(state)
         holders += gc.get_referrers(*(holder for holder in holders if type(holder) is dict))
         trainer = next(h for h in holders if isinstance(h, Trainer) and h.state is state)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InvalidInput(
+                "GrowthCallback: expected one process or DistributedDataParallel, found FSDP or DeepSpeed"
+            )
         self._trainer = trainer
         train, create_scheduler, training_step = trainer.train, trainer.create_scheduler, trainer.training_step
 
