@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup system demo test coverage check format gen serve clean bench docs-compatibility docs-faults docs-performance faults \
-        bench-cache bench-contracts bench-control bench-growth bench-kasmina bench-mesh bench-ops bench-tamiyo
+        bench-cache bench-contracts bench-control bench-growth bench-kasmina bench-kernels bench-mesh bench-ops bench-tamiyo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ bench-kasmina: setup ## every figure of the runtime: dormant, active, wrapping, 
 	$(BIN)/python -m loadtests.bench_growth
 	$(BIN)/python -m loadtests.bench_cache
 	$(BIN)/python -m loadtests.bench_ops
+
+bench-kernels: setup ## compiled kernels against plain torch, by way of compiling and by shape, as JSON lines (minutes)
+	$(BIN)/python -m loadtests.bench_kernels
 
 bench-mesh: setup ## overhead of the chassis, logging, settings, start-up, as JSON lines
 	$(BIN)/python -m loadtests.bench_mesh

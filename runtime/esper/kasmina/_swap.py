@@ -3,6 +3,7 @@
 The variant computes the same function of the same parameters (`esper.kasmina.kernels.kernel.KernelModule.use`), so
 parameters, what the optimizer knows of them, and the seed's stage stay as they are. A variant whose circuit is open is
 left alone, and so is a compiled host: there a blueprint is a part of the host's graph, and no code of a kernel runs.
+Ranks of one run keep the kernels that they were given: each would get another one at another time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def settle_kernels(growth: Growth) -> None:
 
 
 def _take_faster(growth: Growth) -> None:
-    if growth.observation.compiled:
+    if growth.observation.compiled or not growth.ranks.alone:
         return
     for run in growth.life.runs.values():
         if run.kernel is not None and run.attachment is not None:

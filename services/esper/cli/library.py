@@ -92,14 +92,22 @@ def list_kernels(
             _enum(Tier.Name(kernel.tier)).removeprefix("tier_"),
             KernelState.Name(kernel.state).removeprefix("KERNEL_STATE_").lower(),
             kernel.parameters,
+            _ratio(kernel),
             f"{kernel.size_bytes / 1024:.0f} KiB",
         )
         for kernel in found
     ]
-    columns = ("ID", "BLUEPRINT", "SIGNATURE", "TIER", "STATE", "PARAMETERS", "SIZE")
+    columns = ("ID", "BLUEPRINT", "SIGNATURE", "TIER", "STATE", "PARAMETERS", "STEP/TORCH", "SIZE")
     state.table(
         columns, rows, empty="no kernels: the forge builds them when a run asks, or 'esper train' prepares them"
     )
+
+
+def _ratio(kernel: Kernel) -> str:
+    """Time of a training step over plain torch's, from small inputs to large ones, as the gauntlet measured it."""
+    figures = {figure.name: figure.value for figure in kernel.verdict.measurements}
+    ratios = [figures.get(f"latency.{name}.step.ratio") for name in ("small", "nominal", "large")]
+    return " ".join(f"{ratio:.2f}" for ratio in ratios if ratio is not None) or "-"
 
 
 def _state(name: str) -> KernelState.ValueType:

@@ -5,7 +5,8 @@
 ``p / (p + c)`` is the expected gain of p parameters beside the c that the site has: it saturates. ``p + s`` is what
 they cost: themselves, and the share s of the budget that a seed's place in the run is worth. The best size is the
 geometric mean of c and s. *Nature* is the prior of the blueprint's tags, *record* what the blueprint did in this run.
-Equal scores are told apart by the latency that the gauntlet measured.
+Equal scores are told apart by what the gauntlet measured: time over plain torch's first, since of one blueprint the
+fastest variant is wanted, and then latency.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def choose(situation: Situation, site: SiteDescriptor) -> Choice | None:
         scored,
         key=lambda entry: (
             -round(entry[0], 12),
+            entry[1].pace,
             math.inf if entry[1].latency_us is None else entry[1].latency_us,
             not entry[1].portable,
             entry[1].kernel_id,

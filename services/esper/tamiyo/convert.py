@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.kasmina.convert import decision_to_proto, signature_from_proto, signature_to_proto
+from esper.kasmina.kernels.pace import score
 from esper.kasmina.signature import Layout
 from esper.tamiyo.catalogue import KernelState
 from esper.tamiyo.domain import KernelFacts
@@ -68,7 +69,14 @@ def kernel_from_proto(message: kernel_pb2.Kernel) -> KernelFacts:
         parameters=message.parameters,
         flops_per_position=message.flops_per_position,
         latency_us=_latency_us(message.verdict),
+        pace=_pace(message),
     )
+
+
+def _pace(message: kernel_pb2.Kernel) -> float:
+    if message.tier == build_pb2.TIER_PORTABLE:
+        return 1.0
+    return score({figure.name: figure.value for figure in message.verdict.measurements})
 
 
 def _latency_us(verdict: verdict_pb2.Verdict) -> float | None:

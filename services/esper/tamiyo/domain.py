@@ -48,6 +48,8 @@ class KernelFacts:
     """Measured median of the forward; None where the verdict does not say."""
     tags: tuple[str, ...] = ()
     """Of its blueprint."""
+    pace: float = 1.0
+    """Time of a training step over plain torch's, where it is faster; 1 where plain torch runs."""
 
 
 class Shelf:

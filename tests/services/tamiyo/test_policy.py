@@ -265,6 +265,14 @@ def test_measured_latency_breaks_ties():
         ]
     )
     assert kernel_id(3) == choose(situation, situation.sites[0]).kernel.kernel_id
+    paced = make_situation(
+        kernels=[
+            make_kernel(1, latency_us=20.0),
+            make_kernel(2, latency_us=30.0, pace=0.8, portable=False, target="cpu/x86_64/avx2/torch-2.13"),
+            make_kernel(3, latency_us=30.0, pace=0.7, portable=False, target="cpu/x86_64/avx2/torch-2.13"),
+        ]
+    )
+    assert kernel_id(3) == choose(paced, paced.sites[0]).kernel.kernel_id
 
 
 def test_what_failed_in_this_run_is_chosen_less():

@@ -1,7 +1,8 @@
 """Times of small pieces of work beside one another: interleaved, so that a disturbance of the machine hits all sides.
 
-Counted is processor time of the process, on one thread the same as wall time of an idle machine: a build or a gauntlet
-that shares its machine with a trainer would otherwise measure the trainer.
+Counted on a CPU is processor time of the process, on one thread the same as wall time of an idle machine: a build or a
+gauntlet that shares its machine with a trainer would otherwise measure the trainer. On a GPU it is wall time until the
+device is done.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def interleaved(
-    works: Mapping[str, Callable[[], object]], *, budget_s: float, least: int, most: int
+    works: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    least: int,
+    most: int,
+    clock: Callable[[], int] = time.process_time_ns,
 ) -> dict[str, list[float]]:
     """Times of each work in microseconds, one repeat of each in turn.
 
@@ -46,6 +52,7 @@ def interleaved(
         budget_s: time after which no further repeat begins.
         least: repeats that are done in any case.
         most: repeats at most.
+        clock: in nanoseconds.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(2):
@@ -56,9 +63,9 @@ def interleaved(
         if repeat >= least and time.perf_counter() >= end:
             break
         for name, work in works.items():
-            began = time.process_time_ns()
+            began = clock()
             work()
-            times[name].append((time.process_time_ns() - began) / 1e3)
+            times[name].append((clock() - began) / 1e3)
     return times
 
 
@@ -81,6 +88,8 @@ class Step:
         torch.autograd.backward(self.module(self.x), self.cotangent)
         self.module.zero_grad(set_to_none=True)
         self.x.grad = None
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
 
     def infer(self) -> None:
         """The forward alone, without gradients."""
