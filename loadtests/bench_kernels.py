@@ -124,7 +124,8 @@ def _case(report: Report, name: str, signature: Signature) -> None:
     judged, chosen = [], code[best]
     for extents in shape_classes(plan).values():
         times = _times({"eager": BlueprintModule(plan, parameters=values), "it": module(chosen)}, _input(plan, extents))
-        judged.append(Shape(math.prod(extents), paired(times["it"], times["eager"]).ratio, 1.0))
+        ratio = paired(times["it"], times["eager"])
+        judged.append(Shape(math.prod(extents), ratio.ratio, 1.0, ratio.noise))
     pace = Pace(judged)
     running = Compiled(chosen.forward, chosen.backward, chosen.recalled, pace)
     for extents in shape_classes(plan).values():

@@ -556,7 +556,7 @@ class ListKernelsRequest(_message.Message):
     """
     fastest_only: _builtins.bool
     """Of the kernels of one blueprint and signature only the one that trains fastest by its verdict: least geometric mean,
-    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is slower counting as 1
+    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is not faster counting as 1
     (there the runtime runs plain torch); among equals the portable one, then the newest. Such a listing is one page, of
     the newest 1,000 kernels that match every other condition; a page_token is refused with INVALID_ARGUMENT
     (PAGE_TOKEN_INVALID).

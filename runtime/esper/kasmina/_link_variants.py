@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from esper.kasmina.convert import signature_to_proto
-from esper.kasmina.kernels.pace import score
+from esper.kasmina.kernels.pace import GAIN, score
 from esper.mesh.logging import get_logger
 from esper.v1 import kernel_pb2, urza_service_pb2
 from esper.v1.urza_service_pb2_grpc import UrzaServiceStub
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["VariantScout"]
 
 _log = get_logger("esper.kasmina.link")
-_GAIN = 0.98
-"""Of the time of the kernel in use that a variant may take at most to be worth a change."""
 
 
 class VariantScout:
@@ -119,7 +117,7 @@ class VariantScout:
             return ""
         known = await stub.GetKernel(urza_service_pb2.GetKernelRequest(kernel=kernel.id), timeout=timeout)
         ours = _score(known.kernel) if kernel.compiled is not None else 1.0
-        return listed.kernels[0].id if _score(listed.kernels[0]) < _GAIN * ours else ""
+        return listed.kernels[0].id if _score(listed.kernels[0]) <= (1.0 - GAIN) * ours else ""
 
 
 def _score(kernel: kernel_pb2.Kernel) -> float:

@@ -103,7 +103,9 @@ def test_a_kernel_that_was_not_measured_is_not_believed_to_be_fast():
     """Missing is missing."""
     assert not Pace(()).ever
     assert not Pace(()).chooses(100, training=True)
-    assert not Pace([Shape(8, 1.01, 1.01)]).ever
+    assert not Pace([Shape(8, 0.99, 1.01)]).ever
+    assert not Pace([Shape(8, 0.9, 1.0, noise=0.5)]).ever
+    assert Pace([Shape(8, 0.9, 1.0, noise=0.3)]).chooses(8, training=True)
 
 
 def test_the_same_arguments_name_the_same_standard_kernel(costs):

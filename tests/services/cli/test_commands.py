@@ -1,6 +1,7 @@
 """Every command against the running mesh: for people, for scripts, and its refusals."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,7 @@ def test_kernels(mesh_cli, validated):
     digits = validated.id.removeprefix("sha256:")[:12]
     assert digits in listed
     assert "low_rank" in listed
+    assert re.search(r" \d\.\d\d ", listed), "time of a step over plain torch's"
     shown = mesh_cli("kernels", "show", digits).stdout
     for part in (validated.id, "signed by", "numerics.gradients", "latency", "validated", "urabrask"):
         assert part in shown

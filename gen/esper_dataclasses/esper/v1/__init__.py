@@ -3404,7 +3404,7 @@ class ListKernelsRequest(betterproto2.Message):
     fastest_only: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
     """
     Of the kernels of one blueprint and signature only the one that trains fastest by its verdict: least geometric mean,
-    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is slower counting as 1
+    over the shapes that the gauntlet tried, of its time over plain torch's, shapes at which it is not faster counting as 1
     (there the runtime runs plain torch); among equals the portable one, then the newest. Such a listing is one page, of
     the newest 1,000 kernels that match every other condition; a page_token is refused with INVALID_ARGUMENT
     (PAGE_TOKEN_INVALID).

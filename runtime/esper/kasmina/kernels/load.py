@@ -64,7 +64,7 @@ def load_kernel(
         expected_id: the kernel that was asked for.
         signature: of the place where it must fit; None to load it for any.
         target: this machine; None finds out. A kernel compiled for another target, or measured by the gauntlet to be
-            slower than plain torch, runs its blueprint in plain torch; no native code of it is loaded then.
+            nowhere faster than plain torch, runs its blueprint in plain torch; no native code of it is loaded then.
 
     Raises:
         KernelCorrupt: the bytes are not the kernel asked for, or contradict their own manifest.
@@ -178,7 +178,7 @@ def _compiled_here(manifest: Manifest, kernel_id: str, here: Target, pace: Pace 
     if manifest.target != str(here):
         why = f"it is compiled for {manifest.target}, and this machine is {here}"
     elif pace is not None and not pace.ever:
-        why = "nowhere on this machine was it measured to be as fast as plain torch"
+        why = "nowhere on this machine was it measured to be faster than plain torch"
     if not why:
         return True
     with _said_lock:

@@ -1,4 +1,4 @@
-"""Where compiled code is used: only for shapes at which the gauntlet measured it to be no slower than plain torch.
+"""Where compiled code is used: only for shapes at which the gauntlet measured it to be faster than plain torch.
 
 A kernel is judged at a few shape classes, each a number of positions (samples, or samples times tokens or pixels); an
 input belongs to the class that is nearest in proportion. Training and inference are judged apart, since the backward
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from esper.kasmina.blueprints.plan import Plan
     from esper.kasmina.kernels.signing import Statement
 
-__all__ = ["Pace", "Shape", "nominal_extents", "score", "shape_classes"]
+__all__ = ["GAIN", "Pace", "Shape", "nominal_extents", "score", "shape_classes"]
 
+GAIN = 0.02
+"""Share of plain torch's time that compiled code must save to be used, at least ..."""
+_DOUBT = 0.25
+"""... and this share of the noise: what 41 repeats leave open of the median of their ratios."""
 _CLASSES: Mapping[str, Mapping[Layout, tuple[int, ...]]] = MappingProxyType(
     {
         "small": {Layout.VECTOR: (8,), Layout.SEQUENCE: (1, 16), Layout.IMAGE: (1, 4, 4)},
@@ -77,6 +81,13 @@ class Shape:
     """Time of forward and backward over plain torch's."""
     forward: float
     """The same of the forward alone, without gradients."""
+    noise: float = 0.0
+    """Half the interquartile range of the repeats' ratios, as a share of their median."""
+
+    @property
+    def bar(self) -> float:
+        """Time over plain torch's up to which compiled code is used."""
+        return 1.0 - max(GAIN, _DOUBT * self.noise)
 
 
 class Pace:
@@ -92,8 +103,8 @@ class Pace:
         self.shapes = tuple(sorted(shapes))
         # Between two classes the boundary is half-way in proportion.
         self._bounds = [math.sqrt(a.positions * b.positions) for a, b in pairwise(self.shapes)]
-        self._step = [shape.step <= 1.0 for shape in self.shapes]
-        self._forward = [shape.forward <= 1.0 for shape in self.shapes]
+        self._step = [shape.step <= shape.bar for shape in self.shapes]
+        self._forward = [shape.forward <= shape.bar for shape in self.shapes]
 
     @classmethod
     def measured(cls, statement: Statement, here: str) -> Pace:
@@ -119,15 +130,16 @@ def _shapes(figures: Mapping[str, float]) -> list[Shape]:
         parts = [figures.get(f"latency.{name}.{part}") for part in ("positions", "step.ratio", "forward.ratio")]
         if all(part is not None and part > 0 for part in parts):
             positions, step, forward = (part for part in parts if part is not None)
-            found.append(Shape(int(positions), step, forward))
+            noise = max(0.0, figures.get(f"latency.{name}.noise", 0.0))
+            found.append(Shape(int(positions), step, forward, noise))
     return found
 
 
 def score(figures: Mapping[str, float]) -> float:
     """How fast a kernel trains where it was measured: lower is better, 1 is plain torch.
 
-    The geometric mean over the shape classes, each at most 1: where compiled code is slower, plain torch runs. 1 where
-    nothing was measured.
+    The geometric mean over the shape classes; where compiled code is not used a class counts as 1. So does a kernel of
+    which nothing was measured.
     """
-    shapes = _shapes(figures)
-    return math.exp(sum(math.log(min(shape.step, 1.0)) for shape in shapes) / len(shapes)) if shapes else 1.0
+    steps = [shape.step if shape.step <= shape.bar else 1.0 for shape in _shapes(figures)]
+    return math.exp(sum(map(math.log, steps)) / len(steps)) if steps else 1.0
