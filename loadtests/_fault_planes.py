@@ -23,6 +23,7 @@ from esper.kasmina._measure import Measurer
 from esper.kasmina._observation import Observation
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina._probes import ProbeReader
+from esper.kasmina._shared import Shared
 from esper.kasmina._steps import StepWatch
 from esper.kasmina._structure import Structure
 from esper.kasmina._watch import GraftWatch
@@ -34,6 +35,7 @@ from esper.kasmina.cache import Fetched, KernelCache
 from esper.kasmina.cache.disk import DiskStore
 from esper.kasmina.cache.memory import CompressedBundles
 from esper.kasmina.control import Action, Advice, BoundaryState, ControlPlane, Stage
+from esper.kasmina.distributed import Ranks
 from esper.kasmina.health import HealthSampler, Worker
 from esper.kasmina.isolation import IsolationTrainer
 from esper.kasmina.kernels import SigningKey, Statement, TrustStore, kernel_id_of
@@ -84,7 +86,9 @@ PARTS: tuple[type, ...] = (
     NewbornGroups,
     Observation,
     ProbeReader,
+    Ranks,
     SeedLayout,
+    Shared,
     SpikeDetector,
     StepWatch,
     Structure,
@@ -92,7 +96,13 @@ PARTS: tuple[type, ...] = (
     Worker,
 )
 """Growth's own parts: a defect in any of them is a fault like another."""
-USERS = {"Measurer.validate": "the user's own validation runs in it, and its errors are the user's"}
+_VALIDATION = "the user's own validation runs in it, and its errors are the user's"
+USERS = {
+    "Measurer.share": _VALIDATION,
+    "Measurer.validate": _VALIDATION,
+    "Ranks.check": "it tells the user that ranks would grow apart",
+    "Ranks.together": _VALIDATION,
+}
 """What may reach the loop, and why."""
 _STATE = {"state_dict", "load_state_dict", "document", "from_document", "restore", "from_state_dict", "replace"}
 """Saving and loading are asked for by the user, and must tell what is wrong."""

@@ -72,6 +72,10 @@ class RankRun(Run):
             self.scheduler.step()
             self.growth.step(self.told(loss.detach()))
 
+    def kernel(self, birth: str = "zero", name: str = "first..head", kind: str = "parallel", **more: Any) -> TinyKernel:
+        """One that can be told to fail."""
+        return super().kernel(birth, name, kind, **({"delta": BrokenDelta} | more))
+
     def _validate(self) -> dict[str, Any]:
         x, y = self.held_out
         pairs = list(zip(x.split(8), y.split(8), strict=True))[self.rank :: self.size]
@@ -113,6 +117,13 @@ def a_whole_life(rank: int) -> None:
     assert (rank == 0) == bool(run.plane.reports) == bool(run.plane.events)
     assert (rank == 0) == (run.plane.hello is not None)
     assert run.growth.run_id == "t"
+    # Part of the host by now, its kernel fails on one rank: both do without it, for good.
+    BrokenDelta.broken = rank == 1
+    run.steps(3)
+    BrokenDelta.broken = False
+    run.steps(3)
+    assert run.growth.life.runs[run.site()].attachment.seed.error
+    assert run.everywhere_the_same()
 
 
 def a_life_that_begins_loud(rank: int) -> None:
@@ -217,8 +228,7 @@ def a_kernel_that_fails_on_one_rank(rank: int) -> None:
     """It is taken out on both, whether it fails in a forward or when it is made."""
     run = RankRun(rank)
     run.steps()
-    BrokenDelta.broken = False
-    kernel = run.kernel(delta=BrokenDelta)
+    kernel = run.kernel()
     run.boundary(run.decide(Action.GERMINATE, kernel=choice(kernel.id), to_stage=S.GRAFTING))
     run.steps(2)
     BrokenDelta.broken = rank == 1
