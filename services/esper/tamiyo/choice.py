@@ -70,7 +70,11 @@ def nature(tags: Iterable[str], site: SiteDescriptor) -> float:
 def choose(situation: Situation, site: SiteDescriptor) -> Choice | None:
     """The best kernel for a site, or None where none fits."""
     hello, left = situation.hello, situation.parameters_left
-    fitting = [kernel for kernel in situation.shelf.of(site.signature) if not fits(hello, site, kernel, left)]
+    fitting = [
+        kernel
+        for kernel in situation.shelf.of(site.signature)
+        if not fits(hello, site, kernel, left) and situation.memory.chosen_again(kernel.kernel_id)
+    ]
     if not fitting:
         return None
     scored = [(_score(situation, site, kernel), kernel) for kernel in fitting]

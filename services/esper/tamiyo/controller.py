@@ -60,7 +60,8 @@ class Conversation:
                 f"state: expected a boundary after {self._last}, found {state.boundary}", reason="BOUNDARY_ORDER"
             )
         self._last = state.boundary
-        memory = observe(self._memory, state, embargo=self._rules.embargo_boundaries)
+        rules = self._rules
+        memory = observe(self._memory, state, embargo=rules.embargo_boundaries, rest=rules.kernel_rest_boundaries)
         situation = Situation(
             hello=self.hello, state=state, memory=memory, shelf=shelf, rules=self._rules, overlaps=self._overlaps
         )

@@ -81,6 +81,12 @@ class Memory:
     """Boundary; 0 for never."""
     last_rollback: int = 0
     """Boundary at which the runtime last took a seed out by itself; 0 for never."""
+    kernels: tuple[tuple[str, int], ...] = ()
+    """(kernel, boundary before which it is not chosen again) of those that a runtime refused or took out, by id."""
+
+    def chosen_again(self, kernel_id: str) -> bool:
+        """False while a kernel that failed in this run rests."""
+        return all(kernel_id != resting or until <= self.boundary for resting, until in self.kernels)
 
     def life(self, seed: int) -> Life | None:
         """The life of a seed, or None."""
@@ -128,26 +134,33 @@ class _Draft:
     marks: dict[int, SiteMark]
     kept: dict[str, tuple[int, int]]
     rollback: int
+    kernels: dict[str, int]
     lives: dict[int, Life] = field(default_factory=dict)
 
     def count(self, life: Life, *, success: bool) -> None:
         kept, lost = self.kept.get(life.blueprint, (0, 0))
         self.kept[life.blueprint] = (kept + success, lost + (not success))
 
+    def rest(self, kernel_id: str, until: int) -> None:
+        self.kernels[kernel_id] = max(self.kernels.get(kernel_id, 0), until)
+
     def fail(self, site: int, closed_until: int) -> None:
         mark = self.marks.get(site, SiteMark(site))
         self.marks[site] = replace(mark, failures=mark.failures + 1, closed_until=max(mark.closed_until, closed_until))
 
 
-def observe(memory: Memory, state: BoundaryState, *, embargo: int) -> Memory:
+def observe(memory: Memory, state: BoundaryState, *, embargo: int, rest: int = 10) -> Memory:
     """The memory after a boundary was seen.
 
     Args:
         memory: before.
         state: of a later boundary.
         embargo: boundaries for which a site stays closed after the runtime or a gate refused a seed there.
+        rest: boundaries for which a kernel is not chosen again that the runtime refused or took out.
     """
-    draft = _Draft(memory.marks(), {name: (kept, lost) for name, kept, lost in memory.kept}, memory.last_rollback)
+    resting = {kernel_id: until for kernel_id, until in memory.kernels if until > state.boundary}
+    kept = {name: (kept, lost) for name, kept, lost in memory.kept}
+    draft = _Draft(memory.marks(), kept, memory.last_rollback, resting)
     for health in state.sites:
         draft.marks[health.index] = replace(
             draft.marks.get(health.index, SiteMark(health.index)),
@@ -158,7 +171,9 @@ def observe(memory: Memory, state: BoundaryState, *, embargo: int) -> Memory:
     seeds = {seed.index: seed for seed in state.seeds}
     known = {life.seed: life for life in memory.lives}
     for index in sorted({*known, *seeds}):
-        life = _follow(draft, known.get(index), seeds.get(index), index, state.boundary, embargo)
+        before, seed = known.get(index), seeds.get(index)
+        life = _follow(draft, before, seed, index, state.boundary, embargo)
+        _rest(draft, before, seed, state.boundary + rest)
         if life is not None:
             draft.lives[index] = life
     loss = state.validation_loss
@@ -171,7 +186,19 @@ def observe(memory: Memory, state: BoundaryState, *, embargo: int) -> Memory:
         sites=tuple(draft.marks[site] for site in sorted(draft.marks)),
         kept=tuple((name, *draft.kept[name]) for name in sorted(draft.kept)),
         last_rollback=draft.rollback,
+        kernels=tuple(sorted(draft.kernels.items())),
     )
+
+
+def _rest(draft: _Draft, before: Life | None, seed: SeedState | None, until: int) -> None:
+    """Let a kernel rest: the runtime refused to germinate it, or found it at fault. It would do the same elsewhere."""
+    if before is None or before.ended or not before.kernel_id:
+        return
+    refused = seed is None and not before.seen
+    # A loss that rose is the place's doing as much as the kernel's.
+    at_fault = seed is not None and seed.failure and seed.stage in _OUT - {Stage.ROLLED_BACK}
+    if refused or at_fault:
+        draft.rest(before.kernel_id, until)
 
 
 def _follow(
@@ -248,6 +275,8 @@ def load(data: bytes) -> Memory:
             kept=tuple((str(name), int(kept), int(lost)) for name, kept, lost in document["kept"]),
             last_germination=int(document["last_germination"]),
             last_rollback=int(document["last_rollback"]),
+            # Written since runtimes tell of kernels at fault.
+            kernels=tuple((str(kernel_id), int(until)) for kernel_id, until in document.get("kernels", ())),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInput(

@@ -80,6 +80,9 @@ class Rules(Section):
     embargo_boundaries: Some = 4
     """Boundaries for which the site of a culled seed stays closed."""
 
+    kernel_rest_boundaries: Some = 10
+    """Boundaries for which a kernel is not chosen again that the runtime refused or found at fault."""
+
     lock_boundaries: Some = 10
     """Boundaries after which the lock of a rolled-back seed expires."""
 

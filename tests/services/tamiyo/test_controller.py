@@ -13,6 +13,7 @@ from esper.kasmina.convert import decision_to_proto
 from esper.kasmina.signature import Layout
 from esper.mesh.errors import InvalidInput
 from esper.tamiyo.catalogue import Catalogue, KernelState
+from esper.tamiyo.choice import blended, choose
 from esper.tamiyo.controller import Conversation
 from esper.tamiyo.domain import Judgement, Proposal, Shelf
 from esper.tamiyo.heuristic import HeuristicPolicy
@@ -32,6 +33,7 @@ from tests.services.tamiyo.tamiyo_worlds import (
     make_kernel,
     make_seed,
     make_site,
+    make_situation,
     make_state,
     thorough,
     with_state,
@@ -175,6 +177,39 @@ def _lived(*states, memory=None):
     for state in states:
         memory = observe(memory, state, embargo=4)
     return memory
+
+
+@pytest.mark.parametrize(
+    ("state", "rests"),
+    [
+        (make_state(2), True),  # never shown: its germination was refused
+        (make_state(2, [make_seed(0, Stage.EMBARGOED, failure="kernel failed: not finite")]), True),
+        (make_state(2, [make_seed(0, Stage.CANCELLED, failure="native code says no")]), True),
+        (make_state(2, [make_seed(0, Stage.ROLLED_BACK, failure="loss spike")]), False),
+        (make_state(2, [make_seed(0, Stage.GRAFTING)]), False),
+    ],
+)
+def test_a_kernel_that_a_runtime_refused_or_found_at_fault_rests(state, rests):
+    """It is not tried at other sites, until its rest is over; states of controllers that knew none are read."""
+    kernel = make_kernel()
+    chosen = Proposal(
+        seed=0,
+        action=Action.GERMINATE,
+        reason="X",
+        explanation=".",
+        kernel=blended(make_situation(), kernel),
+    )
+    before = observe(Memory(), make_state(1), embargo=4).noted(1, [chosen], {kernel.kernel_id: kernel}, None)
+    memory = observe(before, state, embargo=4, rest=3)
+    situation = make_situation(state, kernels=[kernel], memory=memory)
+    assert rests == (choose(situation, make_site(1)) is None)
+    assert memory == load(dump(memory))
+    for boundary in (3, 4, 5):
+        memory = observe(memory, make_state(boundary), embargo=4, rest=3)
+    assert memory.chosen_again(kernel.kernel_id)
+    old = json.loads(dump(Memory()))
+    del old[1]["kernels"]
+    assert Memory() == load(json.dumps(old).encode())
 
 
 def _germinated(boundary=2):
