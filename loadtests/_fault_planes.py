@@ -21,6 +21,7 @@ from esper.kasmina._lifecycle import Lifecycle
 from esper.kasmina._losses import LossReader
 from esper.kasmina._measure import Measurer
 from esper.kasmina._observation import Observation
+from esper.kasmina._place import Place
 from esper.kasmina._plane import GuardedPlane
 from esper.kasmina._probes import ProbeReader
 from esper.kasmina._shared import Shared
@@ -85,6 +86,7 @@ PARTS: tuple[type, ...] = (
     Measurer,
     NewbornGroups,
     Observation,
+    Place,
     ProbeReader,
     Ranks,
     SeedLayout,
