@@ -205,6 +205,8 @@ class SeedModule(nn.Module):
                 watched = self._watch(x, y)
                 return None if watched is None else replace_first(output, watched)
             delta = self._change(x, y)
+            # Before it is judged: a forward that is run again in a backward has to save what the first one saved.
+            changed = self._blend(y, delta)
         except Exception as error:  # a kernel that fails on some input must not fail the user's forward
             # Activation checkpointing ends a recomputation by an exception of its own.
             if compiling or (in_backward() and not guard.repeats(error)):
@@ -212,11 +214,11 @@ class SeedModule(nn.Module):
             guard.failed(error)
         if guard.fault is not None:
             # Just now, or in the forward that is run again here.
+            self.found = None
             return self._absent(output)
         # Asked in this order: evaluation is not to be compiled again because training no longer measures.
         if torch.is_grad_enabled() and self.measuring:
             self._measure(delta, y)
-        changed = self._blend(y, delta)
         return replace_first(output, torch.where(self.gate, changed, y) if compiling else changed)
 
     def _absent(self, output: Any) -> Any:
