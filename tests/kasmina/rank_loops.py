@@ -487,6 +487,13 @@ def a_rank_that_does_not_come(rank: int) -> None:
     dist.barrier()
 
 
+def lightning_on_ranks(rank: int) -> None:
+    """The callback for Lightning grows under the framework's own DistributedDataParallel."""
+    from tests.kasmina.integrations.rank_trainers import a_trainer  # only here, since lightning takes its time to load
+
+    a_trainer(rank, SIZE)
+
+
 CHECKS = (
     a_whole_life,
     a_life_that_begins_loud,
@@ -502,6 +509,7 @@ CHECKS = (
     a_sharded_life,
     a_sharded_ramp_and_rollback,
     a_sharded_checkpoint,
+    lightning_on_ranks,
     a_rank_that_does_not_come,
 )
 

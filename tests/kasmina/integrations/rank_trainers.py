@@ -1,91 +1,55 @@
-"""What each of two processes does that train one model by a framework's own DistributedDataParallel."""
+"""What each of two processes does that train one model by Lightning's own DistributedDataParallel."""
 
 from __future__ import annotations
 
-import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.kasmina.hosts import TinyKernel, vector
+from tests.kasmina.integrations import test_lightning as lightning
 from tests.kasmina.integrations.script import KERNEL, Script
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-SIZE = 2
 EPOCHS, EARLY = 5, 2
 
 
-def _plane(site: str) -> Script:
-    plane = Script(site)
-    # Only the first rank opens the plane; each fetches kernels of its own.
-    plane.kernels[KERNEL] = TinyKernel(KERNEL, vector(8, 4))
-    return plane
+def a_trainer(rank: int, size: int) -> None:
+    """A seed is grafted and kept on all ranks, the same bits on each, and the same again after a resumption."""
+    # As a launcher would have started this process.
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    with tempfile.TemporaryDirectory() as own, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders: list[Any] = [own]
+        dist.broadcast_object_list(folders)
+        mine = _trained(Path(folders[0]), size)
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, mine)
+    assert all(other == mine for other in found)
+    whole, resumed = mine
+    assert (1, size) == whole[:2]
+    assert whole == resumed
 
 
-def by_lightning(folder: Path) -> list[Any]:
-    """A whole training, and one that goes on from its second epoch."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from tests.kasmina.integrations import test_lightning as lightning
-
+def _trained(folder: Path, size: int) -> list[Any]:
+    """A whole training, and one that goes on from an early epoch."""
     found = []
     for path in (None, folder / f"epoch={EARLY - 1}.ckpt"):
-        callback, host = lightning._callback(_plane("first..head")), lightning.Host()
-        options: dict[str, Any] = {"devices": SIZE, "strategy": "ddp"}
+        plane, host = Script(), lightning.Host()
+        # Only the first rank opens the plane; each fetches kernels of its own.
+        plane.kernels[KERNEL] = TinyKernel(KERNEL, vector(8, 4))
+        callback = lightning._callback(plane)
+        options: dict[str, Any] = {"devices": size, "strategy": "ddp"}
         if path is None:
             keep = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
             options |= {"callbacks": [keep], "enable_checkpointing": True}
         trainer = lightning._trainer(folder, callback, EPOCHS, **options)
         trainer.fit(host, *lightning._loaders(), ckpt_path=path)
-        found.append(_facts(callback, host))
+        growth = callback.growth
+        values = [value.double().sum().item() for value in host.state_dict().values()]
+        found.append((len(growth.life.fossilized), growth.ranks.size, values))
     return found
-
-
-def by_transformers(folder: Path) -> list[Any]:
-    """Likewise."""
-    from tests.kasmina.integrations import test_transformers as transformers
-
-    found = []
-    for path in (None, folder / f"checkpoint-{4 * EARLY}"):
-        callback, host = transformers._callback(_plane("net")), transformers.Host()
-        options = {"num_train_epochs": EPOCHS, "save_strategy": "epoch" if path is None else "no"}
-        trainer = transformers._trainer(folder, host, callback, ddp_backend="gloo", **options)
-        trainer.train(resume_from_checkpoint=None if path is None else str(path))
-        found.append(_facts(callback, host))
-    return found
-
-
-def _facts(callback: Any, host: torch.nn.Module) -> dict[str, Any]:
-    growth = callback.growth
-    return {
-        "fossilized": len(growth.life.fossilized),
-        "steps": growth.steps,
-        "ranks": growth.ranks.size,
-        "values": [value.double().sum().item() for value in host.state_dict().values()],
-    }
-
-
-def work(rank: int, folder: str, port: int, names: list[str]) -> None:
-    """As a launcher would start it."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(SIZE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "HF_HUB_OFFLINE": "1",
-    }
-    for name in names:
-        inner = Path(folder) / name
-        inner.mkdir(exist_ok=True)
-        by: Callable[[Path], list[Any]] = globals()[f"by_{name}"]
-        (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(by(inner)))
-    torch.distributed.destroy_process_group()
