@@ -63,7 +63,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rank_loops.work, (str(folder),), nprocs=rank_loops.SIZE, join=False, start_method="spawn"
     )
     for process in context.processes:
-        process.join(120)
+        process.join(270)
         process.kill()
     return folder
 
