@@ -7,7 +7,7 @@ from math import isnan
 
 import protovalidate
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.kasmina import control, convert
@@ -241,6 +241,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_sent_is_what_arrives(name, data):
     """Every value of the vocabulary comes back equal after encoding, decoding and conversion."""
@@ -250,6 +251,7 @@ def test_what_is_sent_is_what_arrives(name, data):
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_sent_is_within_the_bounds_of_the_contract(name, data):
     """The server's validation refuses nothing that the conversion of a lawful value made."""
