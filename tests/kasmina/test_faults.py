@@ -313,6 +313,51 @@ def test_guards_stand_aside_where_values_can_not_be_read() -> None:
     assert trial.seed.guard.fault is None
 
 
+class _Event:
+    """An event of a device; reached or not."""
+
+    def __init__(self, at_ms: float, *, reached: bool = True) -> None:
+        self.at_ms, self.reached = at_ms, reached
+
+    def query(self) -> bool:
+        """Whether the device has come by."""
+        return self.reached
+
+    def elapsed_time(self, other: _Event) -> float:
+        """Milliseconds to another event."""
+        return other.at_ms - self.at_ms
+
+
+def test_time_on_a_device_is_that_of_forwards_whose_end_has_come() -> None:
+    """Nothing is waited for; between two of them the calling thread's own time is no reason to forget slow ones."""
+    trial = _grown(portable(), slow_patience=2)
+    trial.growth.config.slow_floor_s, guard = 0.5, trial.seed.guard
+    guard.behind = True
+    end = _Event(1e9, reached=False)
+    guard.events = [(_Event(0.0), _Event(7.0)), (_Event(1.0), end)]
+    guard.spent_s = 0.001
+    assert (0.007, True) == guard.take_spent()
+    assert (0.0, False) == guard.take_spent()
+    for _ in range(2):
+        assert "GRAFTING" == trial.stage
+        trial.step(1)
+        guard.events = [(_Event(0.0), _Event(1e9))]
+        trial.step(1)
+    assert "EMBARGOED" == trial.stage
+    assert ["slow"] == [fields["fault"] for kind, fields in trial.plane.events if kind == "kernel_fault"]
+
+
+def test_forwards_of_a_validation_are_not_timed() -> None:
+    """They are part of no step that they could be too long for."""
+    trial = _grown(portable())
+    guard = trial.seed.guard
+    guard.take_spent()
+    trial.validate()
+    assert (0.0, True) == guard.take_spent()
+    trial.model(trial.x[:8])
+    assert guard.take_spent()[0] > 0.0
+
+
 def test_copies_of_a_host_carry_their_guards() -> None:
     """A deep copy runs the copied seed."""
     import copy

@@ -159,9 +159,12 @@ class FaultDesk:
                 guard.suspect = 0
                 if finite:
                     return Fault(FaultKind.GRADIENT, "its gradient is not finite, the loss is")
-        spent = guard.take_spent()
+        spent, known = guard.take_spent()
+        floor_s = self._config.slow_floor_s
+        if not known and spent <= floor_s:
+            return None  # the device's time is not there yet, and the calling thread's is nothing to mention
         times = self._times.setdefault(run.index, _Times())
-        return times.judge(spent, step_s, self._config.slow_floor_s, self._config.slow_patience)
+        return times.judge(spent, step_s, floor_s, self._config.slow_patience)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["Fault", "FaultKind", "Guard", "check_shape", "in_backward"]
 
 
+_TIMED_EVERY = 8
+"""Forwards of which one is timed on a device that runs behind the calling thread."""
+
+
 class FaultKind(StrEnum):
     """What a kernel did wrong."""
 
@@ -87,12 +91,13 @@ class Guard:
         """Steps for which a gradient that was not finite has waited for a judgement, from 1; 0 where there is none."""
         self.spent_s = 0.0
         """Time of the forwards since it was last taken, as the calling thread saw it."""
-        self.timed = False
-        """True while forwards are timed on a device that runs behind the calling thread."""
+        self.behind = False
+        """True where the device runs behind the calling thread, whose time says little."""
         self.events: list[tuple[Any, Any]] = []
-        """Beginning and end of such forwards."""
+        """Beginning and end of forwards there, some of them, until their time is known."""
         self.reported = False
         """What is wrong was told already."""
+        self._forwards = 0
         self._probe: Tensor | None = None
         self._scaled = False
         for parameter in parameters:
@@ -143,16 +148,25 @@ class Guard:
         raise _Unsound(Fault(FaultKind.NOT_FINITE, "its output is not finite, its input is"))
 
     def _timed(self, delta: nn.Module, features: Tensor) -> object:
-        event = _event() if self.timed and features.is_cuda else None
+        training = torch.is_grad_enabled()
+        event = _event() if features.is_cuda and training and self._due() else None
         began = time.perf_counter()
         FLIGHT.enter(self.kernel_id, "forward")
         try:
             return delta(features)
         finally:
             FLIGHT.leave()
-            self.spent_s += time.perf_counter() - began
+            if training:
+                # Others, of a validation, have no step that they could be too long for.
+                self.spent_s += time.perf_counter() - began
             if event is not None:
                 self.events.append((event, _event()))
+
+    def _due(self) -> bool:
+        """Whether this forward is timed on the device."""
+        self.behind = True
+        self._forwards += 1
+        return self._forwards % _TIMED_EVERY == 1
 
     def _gated(self, features: Tensor) -> Tensor:
         self._scaled = features.dtype is torch.float16 or (
@@ -196,13 +210,17 @@ class Guard:
         """Begin anew: the kernel runs another way now."""
         self.fault, self.fresh, self.suspect, self.reported = None, False, 0, False
 
-    def take_spent(self) -> float:
-        """Seconds of the forwards since the last call; on a device those whose end has come, without waiting."""
+    def take_spent(self) -> tuple[float, bool]:
+        """Seconds of the training forwards since the last call, and whether the device's own time is among them.
+
+        Nothing waits for a device: its time is that of a forward some steps ago.
+        """
         spent, self.spent_s = self.spent_s, 0.0
+        known = not self.behind
         while self.events and self.events[0][1].query():
             begin, end = self.events.pop(0)
-            spent = max(spent, begin.elapsed_time(end) / 1e3)
-        return spent
+            spent, known = max(spent, begin.elapsed_time(end) / 1e3), True
+        return spent, known
 
 
 def check_shape(delta: Tensor, y: Tensor) -> None:
