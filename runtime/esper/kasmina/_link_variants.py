@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 import grpc.aio
@@ -26,10 +26,20 @@ if TYPE_CHECKING:
     from esper.kasmina.cache import KernelCache
     from esper.kasmina.kernels.kernel import Kernel
     from esper.kasmina.link import LinkSettings
+    from esper.kasmina.signature import Signature
 
 __all__ = ["VariantScout"]
 
 _log = get_logger("esper.kasmina.link")
+
+
+class _Facts(NamedTuple):
+    """Of a kernel in use."""
+
+    id: str
+    signature: Signature
+    blueprint_id: str
+    compiled: bool
 
 
 class VariantScout:
@@ -82,12 +92,12 @@ class VariantScout:
 
     async def _ask(self, kernel_ids: Sequence[str]) -> None:
         for kernel_id in kernel_ids:
-            kernel = self._cache.get(kernel_id)
-            if kernel is None:
+            facts = self._facts(kernel_id)
+            if facts is None:
                 continue
             self._asked[kernel_id] = time.monotonic()
             try:
-                better = await self._find(kernel)
+                better = await self._find(facts)
             except grpc.RpcError as error:
                 # As good as none: a run goes on with the kernel that it has.
                 _log.info("variants_not_listed", kernel_id=kernel_id, error=str(error)[:200])
@@ -97,7 +107,14 @@ class VariantScout:
                 self._better[kernel_id] = better
                 self._fetch([better])
 
-    async def _find(self, kernel: Kernel) -> str:
+    def _facts(self, kernel_id: str) -> _Facts | None:
+        """What is to be known of a kernel; not the kernel itself, which may have to go while the library is asked."""
+        kernel = self._cache.get(kernel_id)
+        if kernel is None:
+            return None
+        return _Facts(kernel_id, kernel.signature, kernel.manifest.blueprint_id, kernel.compiled is not None)
+
+    async def _find(self, kernel: _Facts) -> str:
         """Id of a variant that is faster by more than a little; empty where there is none."""
         from esper.kasmina.kernels.target import Target  # late: asks torch, which a loaded kernel has imported
 
@@ -108,7 +125,7 @@ class VariantScout:
                 states=[kernel_pb2.KERNEL_STATE_VALIDATED],
                 signatures=[signature_to_proto(kernel.signature)],
                 target=str(Target.here()),
-                blueprint_id=kernel.manifest.blueprint_id,
+                blueprint_id=kernel.blueprint_id,
                 fastest_only=True,
             ),
             timeout=timeout,
@@ -116,7 +133,7 @@ class VariantScout:
         if not listed.kernels or listed.kernels[0].id == kernel.id:
             return ""
         known = await stub.GetKernel(urza_service_pb2.GetKernelRequest(kernel=kernel.id), timeout=timeout)
-        ours = _score(known.kernel) if kernel.compiled is not None else 1.0
+        ours = _score(known.kernel) if kernel.compiled else 1.0
         return listed.kernels[0].id if _score(listed.kernels[0]) <= (1.0 - GAIN) * ours else ""
 
 

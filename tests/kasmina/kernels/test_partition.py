@@ -47,11 +47,10 @@ def test_saving_nothing_redoes_it():
     assert () == tuple(halves.seam.saved)
 
 
+# Others are compiled in test_build.py.
 TRADED = [
     ("gated_ffn", Layout.SEQUENCE, Cut.MINIMUM),
     ("squeeze_excitation", Layout.IMAGE, Cut.EVERYTHING),
-    ("depthwise_separable", Layout.IMAGE, Cut.MINIMUM),
-    ("causal_attention", Layout.SEQUENCE, Cut.MINIMUM),
     ("causal_conv", Layout.SEQUENCE, Cut.MINIMUM),
     ("bottleneck_mlp", Layout.VECTOR, Cut.NOTHING),
 ]
