@@ -232,12 +232,12 @@ class KernelModule(nn.Module):
         return {name: group._parameters for name, group in self._modules.items() if group is not None}  # noqa: SLF001  # keeps its order and its None
 
     def _native(self, compiled: Compiled, x: Tensor) -> Tensor:
-        held = self._held()
-        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in held))
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         pace, positions = compiled.pace, x.numel() // self.kernel.signature.in_features
         # Compiled code for a batch of nothing is not worth its risks.
         if not positions or (pace is not None and not pace.chooses(positions, training=training)):
             return interpret(self.kernel.plan, self._groups(), x)
+        held = self._held()
         if training:
             answer = _Compiled.apply(self.kernel, compiled, x, *held)  # type: ignore[no-untyped-call]  # torch ships it untyped
             assert isinstance(answer, Tensor)
