@@ -282,12 +282,14 @@ class _Gated(nn.Module):
 def test_a_branch_is_offered_once() -> None:
     """One around gate and up is the one around up; those from gate and from up to down are one, as is the block's."""
 
-    def spans(model: nn.Module) -> set[str]:
-        found = _find(model, torch.ones(2, 6)).sites
+    def spans(model: nn.Module, **options: object) -> set[str]:
+        found = _find(model, torch.ones(2, 6), **options).sites
         return {s.descriptor.name for s in found if s.descriptor.granularity == "span"}
 
     assert {"gate..down"} == spans(_Gated())
-    assert not spans(nn.Sequential(_Gated(), nn.ReLU()))
+    inside = nn.Sequential(_Gated(), nn.ReLU())
+    assert not spans(inside)
+    assert {"0.gate..0.up", "0.gate..0.down"} == spans(inside, select=lambda site: site.granularity == "span")
     behind_relu = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.ReLU(inplace=True)), nn.ReLU())
     assert {"0.0..0.1"} == spans(behind_relu)
 

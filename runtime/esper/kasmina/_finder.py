@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina._probe import Call, Spec
 
-__all__ = ["MAX_SPAN", "Finder"]
+__all__ = ["MAX_SPAN", "Draft", "Finder"]
 
 MAX_SPAN = 3
 """Parametrised children, norms not counted, that a span may hold."""
@@ -49,7 +49,7 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class Draft:
     """A site before it has an index."""
 
     name: str
@@ -100,9 +100,9 @@ class Finder:
         own = next(self.modules[name].parameters(recurse=False), None) is not None
         return (own or isinstance(self.modules[name], nn.MultiheadAttention)) and name not in self.attention_inner
 
-    def drafts(self) -> list[_Draft]:
+    def drafts(self) -> list[Draft]:
         """Every site that can grow; the rest is in ``refusals``."""
-        result: list[_Draft] = []
+        result: list[Draft] = []
         leaves = set(self.leaves)
         for name in self.modules:
             if name not in self.parametric or name in self.attention_inner:
@@ -112,19 +112,17 @@ class Finder:
                 continue
             result += self._attempt(name, name, name, granularity)
         parents = ["", *(n for n in self.modules if n not in leaves)]
-        branches = {self._branch(d.source, d.target) for d in result if d.kind is SiteKind.PARALLEL}
         for parent in parents:
             for first, last in self._spans(parent):
-                # Queries and keys read the same tensor: a branch around both is the one around the keys again.
-                if (branch := self._branch(first, last)) not in branches:
-                    branches.add(branch)
-                    result += self._attempt(f"{first}..{last}", first, last, "span")
+                result += self._attempt(f"{first}..{last}", first, last, "span")
         return result
 
-    def _branch(self, source: str, target: str) -> tuple[object, object]:
-        """Which tensor a branch would read and which it would add to; their names where that is not known."""
-        x, y = self.calls[source].source, self.calls[target].result
-        return source if x is None else x, target if y is None else y
+    def branch(self, draft: Draft) -> tuple[object, object] | None:
+        """Which tensor a parallel site reads and which it adds to, their names where that is not known; else None."""
+        if draft.kind is not SiteKind.PARALLEL:
+            return None
+        x, y = self.calls[draft.source].source, self.calls[draft.target].result
+        return draft.source if x is None else x, draft.target if y is None else y
 
     def _is_real_block(self, name: str) -> bool:
         """A wrapper around a single module would be the same site twice, and a list is never called."""
@@ -134,8 +132,8 @@ class Finder:
             return False
         return sum(1 for inner in self._under(name) if inner in self.calls and self.calls[inner].calls) > 1
 
-    def _attempt(self, name: str, source: str, target: str, granularity: str) -> list[_Draft]:
-        found: list[_Draft] = []
+    def _attempt(self, name: str, source: str, target: str, granularity: str) -> list[Draft]:
+        found: list[Draft] = []
         reasons: list[str] = []
         kinds = (SiteKind.PARALLEL,) if granularity == "span" else (SiteKind.SERIES, SiteKind.PARALLEL)
         for kind in kinds:
@@ -150,7 +148,7 @@ class Finder:
             self.refusals.append(Refusal(name, type(self.modules[target]).__name__, reasons[0]))
         return found
 
-    def _draft(self, name: str, source: str, target: str, kind: SiteKind, granularity: str) -> _Draft:
+    def _draft(self, name: str, source: str, target: str, kind: SiteKind, granularity: str) -> Draft:
         y_spec, y = self._port(target, output=True)
         x_spec, x = (y_spec, y) if kind is SiteKind.SERIES else self._port(source, output=False)
         if kind is SiteKind.PARALLEL:
@@ -165,7 +163,7 @@ class Finder:
         dtype = parameter_dtype(self.modules[target], y_spec.dtype)
         if dtype not in FLOAT_DTYPES:
             raise _Refused(f"its parameters are {dtype}, expected one of {sorted(FLOAT_DTYPES)}")
-        return _Draft(name, source, target, kind, granularity, x, y, x_spec, y_spec, inside, dtype)
+        return Draft(name, source, target, kind, granularity, x, y, x_spec, y_spec, inside, dtype)
 
     def _check_branch(self, x: Port, y: Port, x_spec: Spec, y_spec: Spec) -> None:
         """A branch from x to y must lead from samples to the same samples, by pooling at most."""
@@ -265,7 +263,7 @@ class Finder:
             and call.end <= high
         )
 
-    def site(self, draft: _Draft, index: int) -> Site:
+    def site(self, draft: Draft, index: int) -> Site:
         """The site of a draft."""
         x_shape = draft.x.canonical_shape(draft.x_spec.shape)
         y_shape = draft.y.canonical_shape(draft.y_spec.shape)

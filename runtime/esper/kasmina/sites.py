@@ -15,7 +15,7 @@ of a module, parallel sites branch around it. Spans are parallel: in series they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esper.kasmina._finder import MAX_SPAN, Finder
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.kasmina._finder import Draft
     from esper.kasmina.control import SiteDescriptor
 
 __all__ = [
@@ -82,9 +83,10 @@ def discover(
     Args:
         model: the host; it is read, never changed.
         calls: what `observe` or a `Recorder` saw.
-        select: keeps a site when true; indices are dense over what is kept.
+        select: keeps a site when true; its index is not known then. Indices are dense over what is kept.
         causal: positions of sequences must not see later ones.
-        max_sites: sites beyond are refused, spans first.
+        max_sites: sites beyond are refused, spans first. A branch that would read and change the same tensors as one
+            that is kept is no site of its own.
     """
     finder = Finder(model, calls, causal=causal)
     drafts = finder.drafts()
@@ -92,12 +94,22 @@ def discover(
         finder.refusals.append(Refusal("", type(model).__name__, "it holds no module with parameters that could grow"))
     order = {"layer": 0, "block": 1, "span": 2}
     drafts.sort(key=lambda d: (order[d.granularity], calls[d.target].end))
-    over = drafts[max_sites:]
-    refusals = finder.refusals + [Refusal(d.name, "", f"beyond the limit of {max_sites} sites") for d in over]
-    kept = sorted(drafts[:max_sites], key=lambda d: (calls[d.target].end, order[d.granularity], d.name, d.kind.value))
-    sites: list[Site] = []
-    for draft in kept:
-        site = finder.site(draft, len(sites))
+    chosen: list[tuple[Draft, Site]] = []
+    branches: set[object] = set()
+    for draft in drafts:
+        # Queries and keys read the same tensor: a branch around both is the one around the keys again. Compared with
+        # what was selected only: who wants no blocks gets the span that is a block's branch.
+        branch = finder.branch(draft)
+        if branch is not None and branch in branches:
+            continue
+        site = finder.site(draft, 0)
         if select is None or select(site.descriptor):
-            sites.append(site)
+            branches.add(branch)
+            chosen.append((draft, site))
+    over = chosen[max_sites:]
+    refusals = finder.refusals + [Refusal(d.name, "", f"beyond the limit of {max_sites} sites") for d, _ in over]
+    kept = sorted(
+        chosen[:max_sites], key=lambda c: (calls[c[0].target].end, order[c[0].granularity], c[0].name, c[0].kind.value)
+    )
+    sites = [replace(site, descriptor=replace(site.descriptor, index=i)) for i, (_, site) in enumerate(kept)]
     return Discovery(tuple(sites), tuple(refusals))

@@ -15,7 +15,8 @@ from tests.services.cli.conftest import wait_for
 
 SETTINGS = {
     # One place and one blueprint: whatever else the library builds meanwhile, equal runs have equal choices.
-    "growth.sites": ["body.0..body.2"],
+    "growth.sites": ["body"],
+    "growth.kinds": ["parallel"],
     "growth.blueprints": ["conv_bottleneck"],
     "schedule.epochs": 20,
     "control.on_loss": "pause",
@@ -49,7 +50,7 @@ def test_a_seed_lives_to_be_exported_and_the_death_of_the_mesh_changes_nothing(t
     address = first.ready()["address"]
     report = json.loads(cli("--mesh", address, *TRAIN, "--report", tmp_path / "report", "--json").stdout)
     kept = [seed for seed in report["growth"] if seed["outcome"] == "fossilized"]
-    assert [("body.0..body.2", "conv_bottleneck")] == [(seed["site"], seed["blueprint_name"]) for seed in kept]
+    assert [("body", "conv_bottleneck")] == [(seed["site"], seed["blueprint_name"]) for seed in kept]
     assert report["result"]["kernel_ids"] == [kept[0]["kernel_id"]]
     assert {"germinate", "advance"} <= {decision["action"] for decision in report["decisions"]}
 
