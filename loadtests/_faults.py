@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from esper.kasmina.attach import SeedModule
 from esper.kasmina.blueprints import Birth, get
 from esper.kasmina.control import Action, BlendStrategy, Decision, KernelChoice, SiteKind, Stage
-from esper.kasmina.growth import Growth, wrap
 from esper.kasmina.kernels import Compiled, Kernel, Tier, kernel_id_of, load_candidate
 from esper.kasmina.kernels.attempt import portable_gradients
 from esper.kasmina.kernels.build import build
 from esper.kasmina.signature import Layout, Signature
+from esper.kasmina.wrapping import wrap
 from esper.mesh import logging
+
+if TYPE_CHECKING:
+    from esper.kasmina.growth import Growth
 
 __all__ = ["SIGNATURE", "Found", "Trial", "bundle_of", "compiled", "examine", "portable", "young_objects"]
 

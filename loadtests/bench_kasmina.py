@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from esper.kasmina.attach import Attachment, SeedModule
 from esper.kasmina.blueprints import get
 from esper.kasmina.control import SiteKind
-from esper.kasmina.growth import Growth, wrap
+from esper.kasmina.growth import Growth
 from esper.kasmina.kernels import Tier, kernel_id_of, load_candidate
 from esper.kasmina.kernels.build import build
 from esper.kasmina.seeds import Execution
 from esper.kasmina.signature import Layout
 from esper.kasmina.sites import discover, observe
+from esper.kasmina.wrapping import wrap
 from loadtests._report import Report, Target
 from loadtests._step_hosts import HOSTS, StepHost, llama_1b
 

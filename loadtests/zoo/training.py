@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from esper.kasmina.blueprints import get
 from esper.kasmina.blueprints.module import BlueprintModule
 from esper.kasmina.control import Action, Decision
-from esper.kasmina.growth import Growth, wrap
 from esper.kasmina.local import LocalPlane
+from esper.kasmina.wrapping import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from esper.kasmina.growth import Growth
     from esper.kasmina.signature import Signature
     from esper.kasmina.sites import Site
     from loadtests.zoo._host import Host

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from esper.kasmina.control import Action, BlendStrategy, Decision, Stage
-from esper.kasmina.growth import BoundaryReport, Growth, wrap
 from esper.kasmina.local import LocalPlane
+from esper.kasmina.wrapping import wrap
 from tests.kasmina.hosts import TinyKernel, blobs, choice, decide, mlp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from esper.kasmina.growth import BoundaryReport, Growth
 
 KERNEL = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64

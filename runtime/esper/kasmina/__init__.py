@@ -15,14 +15,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from esper.kasmina.growth import Growth, wrap
+    from esper.kasmina.growth import Growth
+    from esper.kasmina.wrapping import wrap
 
 __all__ = ["Growth", "wrap"]
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        from esper.kasmina import growth
+    if name == "Growth":
+        from esper.kasmina.growth import Growth
 
-        return getattr(growth, name)
+        return Growth
+    if name == "wrap":
+        from esper.kasmina.wrapping import wrap
+
+        return wrap
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,10 +14,10 @@ from esper.kasmina.blueprints.module import BlueprintModule
 from esper.kasmina.cache import DiskStore, Fetched
 from esper.kasmina.control import SiteKind, Stage
 from esper.kasmina.growth import Config as KasminaConfig
-from esper.kasmina.growth import wrap
 from esper.kasmina.kernels.load import load_kernel
 from esper.kasmina.kernels.signing import TrustStore
 from esper.kasmina.newborn import MARK
+from esper.kasmina.wrapping import wrap
 from esper.mesh.errors import EsperError
 from esper.mesh.logging import get_logger
 from esper.tolaria.attach import Attached

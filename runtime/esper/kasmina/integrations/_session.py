@@ -14,7 +14,7 @@ import torch
 
 from esper.kasmina import _checkpoint
 from esper.kasmina.control import Stage
-from esper.kasmina.growth import Growth, wrap
+from esper.kasmina.wrapping import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from esper.kasmina._seed import KernelLike
     from esper.kasmina.config import Config
     from esper.kasmina.control import ControlPlane
+    from esper.kasmina.growth import Growth
     from esper.kasmina.sites import Selectors
 
     Kernels = Mapping[str, KernelLike] | Callable[[str], KernelLike | None]
