@@ -4,7 +4,8 @@
 
 Prints JSON lines (`_report.py`). Step times are wall time of forward, backward, optimizer and `growth.step`, with one
 torch thread. Both networks take turns step by step, so that a drift of the machine meets both alike; a pair is the sum
-of ten steps of each, one of them sampled, as a user's is; the ratio is the median over pairs of several builds.
+of ten steps of each, one of them sampled; the ratio is the median over pairs of several builds. Sampling is dense at
+first and one step in ten in the long run: the long run is measured, and apart from it the first hundred steps.
 """
 
 import gc
@@ -36,6 +37,10 @@ BUILDS = 3
 SECONDS = 4.0
 """For the pairs of one build."""
 MIN_PAIRS = 3
+SLOW_S = 0.5
+"""A step that takes longer is measured in one build: the sizes of its memory leave nothing to luck."""
+FIRST = 100
+"""Steps that count as the beginning."""
 
 Step = Callable[[], None]
 
@@ -62,23 +67,37 @@ def _seconds(step: Step) -> float:
 
 
 def _pairs(bare: Step, other: Step) -> list[tuple[float, float]]:
-    """Seconds per step of both, taking turns; who begins alternates."""
-    for _ in range(STEPS):
-        bare()
-        other()
+    """Seconds per step of both, pair by pair."""
     found: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(found) < MIN_PAIRS or time.perf_counter() - began < SECONDS:
-        first = second = 0.0
-        for step in range(STEPS):
-            if step % 2:
-                second += _seconds(other)
-                first += _seconds(bare)
-            else:
-                first += _seconds(bare)
-                second += _seconds(other)
-        found.append((first / STEPS, second / STEPS))
+        found.append(_pair(bare, other, STEPS))
     return found
+
+
+def _pair(bare: Step, other: Step, steps: int) -> tuple[float, float]:
+    """Seconds per step of both, taking turns; who begins alternates."""
+    first = second = 0.0
+    for step in range(steps):
+        if step % 2:
+            second += _seconds(other)
+            first += _seconds(bare)
+        else:
+            first += _seconds(bare)
+            second += _seconds(other)
+    return first / steps, second / steps
+
+
+def _settle(growth: Growth, bare: Step, other: Step) -> float:
+    """Have the sites found, and go to where sampling has come to its pace of the long run; seconds of a step."""
+    for _ in range(3):
+        bare()
+        other()
+    sampler = growth.observation.sampler
+    assert sampler is not None
+    while not all(sampler.due(step, STEPS) == (step % STEPS == 0) for step in range(STEPS)):
+        sampler.position += 1
+    return _seconds(bare)
 
 
 def _ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
@@ -89,16 +108,23 @@ def _dormant(report: Report) -> None:
     medians = []
     for host in HOSTS:
         for size in host.batches:
-            pairs = []
+            pairs, begin = [], []
             for _ in range(BUILDS):
                 bare, _nothing = _stepper(host, size, host.make())
                 wrapped, growth = _stepper(host, size, host.make(), wrapped=True)
-                pairs += _pairs(bare, wrapped)
                 assert growth is not None
+                if size == 1 and host.site:
+                    bare()
+                    wrapped()
+                    begin.append(_pair(bare, wrapped, FIRST))
+                slow = _settle(growth, bare, wrapped) > SLOW_S
+                pairs += _pairs(bare, wrapped)
                 sites = len(growth.sites)
                 growth.close()
                 del bare, wrapped, growth
                 gc.collect()
+                if slow:
+                    break
             ratios = _ratios(pairs)
             medians.append(statistics.median(ratios))
             report.add(
@@ -111,6 +137,13 @@ def _dormant(report: Report) -> None:
                 step_ms=round(1000 * statistics.median(first for first, _ in pairs), 3),
                 pairs=len(pairs),
             )
+            if begin:
+                report.add(
+                    f"the first {FIRST} steps, {host.name}, batch {size}",
+                    statistics.median(_ratios(begin)),
+                    unit="ratio",
+                    runs=_ratios(begin),
+                )
     report.add(
         "dormant step / unwrapped, median of these",
         statistics.median(medians),
@@ -147,7 +180,9 @@ def _active(report: Report) -> None:
             pairs = []
             for _ in range(BUILDS):
                 grown, by_hand = _grown_and_by_hand(host, size)
-                pairs += _pairs(_stepper(host, size, by_hand)[0], _stepper(host, size, grown)[0])
+                ours, theirs = _stepper(host, size, grown)[0], _stepper(host, size, by_hand)[0]
+                _pair(theirs, ours, 3)
+                pairs += _pairs(theirs, ours)
             ratios = _ratios(pairs)
             report.add(
                 f"step with an active seed / module by hand, {host.name}, batch {size}",

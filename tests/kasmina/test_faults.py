@@ -369,6 +369,22 @@ def test_copies_of_a_host_carry_their_guards() -> None:
 
 # ---- hangs -----------------------------------------------------------------------------------------------------------
 
+
+def test_a_call_inside_another_leaves_that_one_watched(tmp_path: Any) -> None:
+    """A backward that ends inside a step in isolation does not end the step, nor its note."""
+    from esper.kasmina._flight import FlightRecorder, last_call
+
+    flight = FlightRecorder()
+    flight.write_to(tmp_path / "flight")
+    step = flight.enter("sha256:a", "isolation")
+    flight.leave(flight.enter("sha256:b", "backward"))
+    assert "isolation" == flight.longest().phase
+    assert ("sha256:a", "isolation") == last_call(tmp_path / "flight")
+    flight.leave(step)
+    assert (None, None) == (flight.longest(), last_call(tmp_path / "flight"))
+    flight.stop_writing()
+
+
 _HANG = """
 import ctypes, sys, time
 from pathlib import Path

@@ -26,7 +26,7 @@ class Call(NamedTuple):
 
     kernel_id: str
     phase: str
-    """``forward`` or ``backward``."""
+    """``forward``, ``backward`` or ``isolation``, inside which the others may be."""
     began: float
     """By ``time.monotonic``."""
 
@@ -38,18 +38,28 @@ class FlightRecorder:
         self._calls: dict[int, Call] = {}
         self._note: mmap.mmap | None = None
 
-    def enter(self, kernel_id: str, phase: str) -> None:
-        """A call begins on this thread."""
-        self._calls[threading.get_ident()] = Call(kernel_id, phase, time.monotonic())
-        if self._note is not None:
-            text = f"{kernel_id} {phase}\n".encode()[:_SIZE]
-            self._note[: len(text)] = text
+    def enter(self, kernel_id: str, phase: str) -> Call | None:
+        """A call begins on this thread; gives the one inside which it does, for `leave`."""
+        thread = threading.get_ident()
+        outer = self._calls.get(thread)
+        self._calls[thread] = Call(kernel_id, phase, time.monotonic())
+        self._write(kernel_id, phase)
+        return outer
 
-    def leave(self) -> None:
-        """It came back, or raised."""
+    def leave(self, outer: Call | None = None) -> None:
+        """It came back, or raised; the one around it, where there is one, goes on."""
+        if outer is not None:
+            self._calls[threading.get_ident()] = outer
+            self._write(outer.kernel_id, outer.phase)
+            return
         self._calls.pop(threading.get_ident(), None)
         if self._note is not None:
             self._note[:1] = b"\0"
+
+    def _write(self, kernel_id: str, phase: str) -> None:
+        if self._note is not None:
+            text = f"{kernel_id} {phase}\n".encode()[:_SIZE]
+            self._note[: len(text)] = text
 
     def longest(self) -> Call | None:
         """The call that has been running for the longest; None where there is none."""

@@ -76,7 +76,6 @@ class Guard:
     """Of one seed.
 
     Args:
-        kernel_id: for the flight recorder.
         parameters: of the seed's module; their gradients are looked at from now on.
     """
 
@@ -151,11 +150,11 @@ class Guard:
         training = torch.is_grad_enabled()
         event = _event() if features.is_cuda and training and self._due() else None
         began = time.perf_counter()
-        FLIGHT.enter(self.kernel_id, "forward")
+        outer = FLIGHT.enter(self.kernel_id, "forward")
         try:
             return delta(features)
         finally:
-            FLIGHT.leave()
+            FLIGHT.leave(outer)
             if training:
                 # Others, of a validation, have no step that they could be too long for.
                 self.spent_s += time.perf_counter() - began

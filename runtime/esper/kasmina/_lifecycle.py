@@ -484,10 +484,10 @@ class Lifecycle:
     @staticmethod
     def _isolated(run: SeedRun, seed: SeedModule, capture: Capture) -> None:
         assert run.isolation is not None
-        FLIGHT.enter(seed.guard.kernel_id, "isolation")
+        outer = FLIGHT.enter(seed.guard.kernel_id, "isolation")
         try:
             run.isolation.step(capture)
         except Exception as error:  # noqa: BLE001  # as in the forward: judged after the next step
             seed.guard.failed(error)
         finally:
-            FLIGHT.leave()
+            FLIGHT.leave(outer)

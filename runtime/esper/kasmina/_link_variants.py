@@ -63,6 +63,9 @@ class VariantScout:
         self._channel = channel
         self._cache = cache
         self._fetch = fetch
+        self.target = ""
+        """Machine of the run, which need not be the CPU of this process; empty where another rank speaks for the run,
+        and then nothing is looked for."""
         self._asked: dict[str, float] = {}
         """When the library was last asked, by kernel in use."""
         self._better: dict[str, str] = {}
@@ -81,7 +84,7 @@ class VariantScout:
         self._asked = {k: at for k, at in self._asked.items() if k in kernel_ids}
         self._better = {k: better for k, better in self._better.items() if k in kernel_ids}
         due = [k for k in kernel_ids if now - self._asked.get(k, -1e9) >= self._settings.variant_interval_s]
-        if due and (self._task is None or self._task.done()):
+        if due and self.target and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._ask(due))
 
     async def close(self) -> None:
@@ -116,15 +119,13 @@ class VariantScout:
 
     async def _find(self, kernel: _Facts) -> str:
         """Id of a variant that is faster by more than a little; empty where there is none."""
-        from esper.kasmina.kernels.target import Target  # late: asks torch, which a loaded kernel has imported
-
         stub, timeout = UrzaServiceStub(self._channel()), self._settings.call_timeout_s
         listed = await stub.ListKernels(
             urza_service_pb2.ListKernelsRequest(
                 page_size=1,
                 states=[kernel_pb2.KERNEL_STATE_VALIDATED],
                 signatures=[signature_to_proto(kernel.signature)],
-                target=str(Target.here()),
+                target=self.target,
                 blueprint_id=kernel.blueprint_id,
                 fastest_only=True,
             ),

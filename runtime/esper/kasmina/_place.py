@@ -34,6 +34,8 @@ _POSITIONS = ((), (ROWS // _BATCH,), (2, ROWS // _BATCH // 2))
 """Positions taken of each sample, by dimension: of a vector, a sequence, an image."""
 _FEATURES = 4096
 """Features of a sample at most; wider outputs, as over a vocabulary, are thinned out."""
+_CUTS = 64
+"""Shapes whose cuts are remembered: sequences come in many lengths."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -184,6 +186,8 @@ class Place:
         form = x.shape, x.stride()
         cut = self._cuts.get(form)
         if cut is None:
+            if len(self._cuts) >= _CUTS:
+                self._cuts.clear()
             cut = self._cuts[form] = _cut(*form, self.port)
         # One operation where slices would be one for each dimension.
         return x.detach().as_strided(*cut, x.storage_offset()).clone()

@@ -122,6 +122,7 @@ class MeshLink:
         """Announce the run, or announce it again after it went back; connecting happens in the background."""
         self._advisor.introduce(hello)
         self._mail.run_id = hello.run_id
+        self._kernels.variants.target = hello.target
         if self._thread.ident is None:
             self._thread.start()
             self._started.wait()  # a few hundred microseconds: until the loop takes callbacks

@@ -321,6 +321,7 @@ async def test_a_faster_variant_is_fetched_and_offered_once_it_is_loaded(open_li
         assert expected == asked
     (request,) = library.listings[-1:]
     assert request.fastest_only
+    assert make_hello().target == request.target
     assert (kernel.manifest.blueprint_id, 1) == (request.blueprint_id, len(request.signatures))
     assert link.faster_kernel(library.id) is None
     loaded = SimpleNamespace(compiled=None)

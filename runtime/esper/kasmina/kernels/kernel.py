@@ -288,9 +288,9 @@ class _Compiled(torch.autograd.Function):
         if compiled is not None:
             forms = [Form.of(t) if need else None for t, need in zip(inputs, wanted, strict=True)]
             taken = [grad.contiguous(), *(inputs[index] for index in compiled.recalled), *saved]
-            FLIGHT.enter(kernel.id, "backward")
+            outer = FLIGHT.enter(kernel.id, "backward")
             found, why = attempted(lambda: compiled.backward(taken), forms)
-            FLIGHT.leave()
+            FLIGHT.leave(outer)
             if not why:
                 return (None, None, *(g if need else None for g, need in zip(found, wanted, strict=True)))
             kernel.fall_back(f"backward: {why}")
