@@ -141,6 +141,19 @@ def test_native_code_that_cannot_be_loaded_is_a_refusal(portable_bundle):
         load_candidate(broken, kernel_id_of(broken))
 
 
+def test_the_machine_is_that_of_the_kernels_own_kind_of_device(portable_bundle, monkeypatch):
+    """Beside a GPU the code for it is what runs, though the process has a CPU too; without one it is foreign."""
+    from esper.kasmina.kernels import Target
+    from esper.kasmina.kernels.load import native
+
+    gpu, cpu = Target("cuda", "nvidia", "sm_90", "2.13"), Target.here()
+    bundle = repacked_standard(portable_bundle, target=str(gpu))
+    assert Tier.PORTABLE is load_candidate(bundle, kernel_id_of(bundle)).running_tier
+    monkeypatch.setattr(Target, "here", lambda device="cpu": gpu if device == "cuda" else cpu)
+    monkeypatch.setattr(f"{native.__module__}.native", lambda package: None)
+    assert Tier.STANDARD is load_candidate(bundle, kernel_id_of(bundle)).running_tier
+
+
 def repacked_standard(bundle, *, target):
     """The bundle as if it had compiled members, whose libraries are garbage."""
     opened = unpack(bundle)

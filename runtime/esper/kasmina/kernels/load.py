@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from esper.kasmina.blueprints.plan import Plan
     from esper.kasmina.kernels.bundle import Bundle, Manifest
-    from esper.kasmina.kernels.signing import SignedVerdict, TrustStore
+    from esper.kasmina.kernels.signing import SignedVerdict, Statement, TrustStore
     from esper.kasmina.signature import Signature
 
 __all__ = ["load_candidate", "load_exported", "load_kernel", "native"]
@@ -63,8 +63,9 @@ def load_kernel(
         trust: keys that this process believes.
         expected_id: the kernel that was asked for.
         signature: of the place where it must fit; None to load it for any.
-        target: this machine; None finds out. A kernel compiled for another target, or measured by the gauntlet to be
-            nowhere faster than plain torch, runs its blueprint in plain torch; no native code of it is loaded then.
+        target: this machine; None finds out, for the kind of device that the kernel is for. A kernel compiled for
+            another target, or measured by the gauntlet to be nowhere faster than plain torch, runs its blueprint in
+            plain torch; no native code of it is loaded then.
 
     Raises:
         KernelCorrupt: the bytes are not the kernel asked for, or contradict their own manifest.
@@ -73,8 +74,7 @@ def load_kernel(
     """
     _check_digest(bundle, expected_id)
     statement = trust.verify(verdict, expected_id)
-    here = Target.here() if target is None else target
-    return _load(bundle, expected_id, signature, here, Pace.measured(statement, str(here)))
+    return _load(bundle, expected_id, signature, target, statement)
 
 
 def load_candidate(
@@ -88,7 +88,7 @@ def load_candidate(
         KernelCorrupt, KernelUnfit: as `load_kernel`.
     """
     _check_digest(bundle, expected_id)
-    return _load(bundle, expected_id, signature, Target.here() if target is None else target, None)
+    return _load(bundle, expected_id, signature, target, None)
 
 
 def load_exported(bundle: bytes, expected_id: str, target: Target | None = None) -> Kernel:
@@ -98,7 +98,7 @@ def load_exported(bundle: bytes, expected_id: str, target: Target | None = None)
         KernelCorrupt: as `load_kernel`, or torch cannot read the graph.
     """
     _check_digest(bundle, expected_id)
-    return _load(bundle, expected_id, None, Target.here() if target is None else target, None, graph=True)
+    return _load(bundle, expected_id, None, target, None, graph=True)
 
 
 def _check_digest(bundle: bytes, expected_id: str) -> None:
@@ -111,13 +111,15 @@ def _load(
     bundle: bytes,
     kernel_id: str,
     signature: Signature | None,
-    here: Target,
-    pace: Pace | None,
+    target: Target | None,
+    statement: Statement | None,
     *,
     graph: bool = False,
 ) -> Kernel:
     opened = unpack(bundle)
     manifest = opened.manifest
+    here = _here(manifest) if target is None else target
+    pace = None if statement is None else Pace.measured(statement, str(here))
     if signature is not None and manifest.signature != signature:
         raise KernelUnfit(kernel_id, [f"its signature is {manifest.signature}, and {signature} is wanted"])
     plan = _plan(opened, kernel_id)
@@ -142,6 +144,14 @@ def _load(
         exported=exported,
         nbytes=len(bundle),
     )
+
+
+def _here(manifest: Manifest) -> Target:
+    """This machine as the kernel would see it: a process may have devices of several kinds."""
+    try:
+        return Target.here(manifest.target.partition("/")[0])
+    except InvalidInput:
+        return Target.here()
 
 
 def _plan(opened: Bundle, kernel_id: str) -> Plan:
