@@ -10,7 +10,8 @@ where a fused optimizer does the unscaling itself.
 
 Schedulers of torch 2.13 zip their own lists with ``optimizer.param_groups`` strictly and would raise as soon as a
 group is added or removed. They are therefore given a view of the optimizer that shows the host's groups alone;
-`hide_from_schedulers`. While there is no newborn there is no hook on the optimizer, and no scheduler is touched.
+`hide_from_schedulers`. While there is no newborn nothing of this stands on the optimizer, and no scheduler is
+touched. (One hook that counts the steps done always does: `_steps`.)
 """
 
 from __future__ import annotations
