@@ -38,7 +38,7 @@ SECONDS = 4.0
 """For the pairs of one build."""
 MIN_PAIRS = 3
 SLOW_S = 0.5
-"""A step that takes longer is measured in one build: the sizes of its memory leave nothing to luck."""
+"""A step that takes longer is measured in one build, which is minutes as it is."""
 FIRST = 100
 """Steps that count as the beginning."""
 
@@ -246,8 +246,8 @@ def _tensor_bytes() -> int:
     """Memory of every tensor that anything refers to, shared memory once."""
     seen: dict[int, int] = {}
     for thing in gc.get_objects():
-        # By the type alone: asking a lazy module for its class wakes it.
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout is torch.strided:
+        # By the type alone: asking a lazy module for its class wakes it, and tensors of other kinds hold no memory.
+        if type(thing) in {Tensor, nn.Parameter} and thing.device.type == "cpu" and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

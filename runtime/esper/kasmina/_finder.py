@@ -91,6 +91,8 @@ class Finder:
         for name, module in self.modules.items():
             if isinstance(module, _SEQUENCE_BLOCKS) and any(_inside(f, name) for f in first):
                 self.sequence_first |= {name, *self._under(name)}
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """One copy of each: hundreds of sites have the same few."""
         self.end = max((call.end for call in calls.values()), default=1)
 
     def _under(self, name: str) -> list[str]:
@@ -265,8 +267,8 @@ class Finder:
 
     def site(self, draft: Draft, index: int) -> Site:
         """The site of a draft."""
-        x_shape = draft.x.canonical_shape(draft.x_spec.shape)
-        y_shape = draft.y.canonical_shape(draft.y_spec.shape)
+        shapes = draft.x.canonical_shape(draft.x_spec.shape), draft.y.canonical_shape(draft.y_spec.shape)
+        x_shape, y_shape = (self._shapes.setdefault(shape, shape) for shape in shapes)
         widths = [y_shape[draft.y.layout.feature_dim]]
         for name in draft.inside:
             call = self.calls.get(name)
