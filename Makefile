@@ -68,6 +68,7 @@ bench-growth: setup ## transitions, state and health samples, as JSON lines
 bench-kasmina: setup ## every figure of the runtime: dormant, active, wrapping, parts, cache, device operations
 	$(BIN)/python -m loadtests.bench_kasmina
 	$(BIN)/python -m loadtests.bench_growth
+	$(BIN)/python -m loadtests.bench_kernels
 	$(BIN)/python -m loadtests.bench_cache
 	$(BIN)/python -m loadtests.bench_ops
 
